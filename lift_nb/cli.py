@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'RUN_OPTIONS', 'COMMANDS', 'parse_value', 'option_docs', 'parse_pairs', 'parser', 'parse_args', 'main_job',
-           'single_run', 'bench_job', 'main']
+           'single_run', 'bench_job', 'last_sentence', 'main']
 
 # %% ../nbs/15_cli.ipynb #db3036a2
 import argparse, ast, json, re, sys
@@ -90,8 +90,12 @@ def bench_job(backbone='clip_vit_b16'):
     "Print the benchmark of a training step"
     print(benchmarks.machine(), benchmarks.bench(backbone).round(3).T.to_string(header=False), sep='\n')
 
-# %% ../nbs/15_cli.ipynb #515e139e
+# %% ../nbs/15_cli.ipynb #77ad7e8a
 COMMANDS = dict(bench=bench_job)
+
+def last_sentence(e:Exception)->str:
+    "The message of a `LiftError`, also when a worker process raised it"
+    return str(e).strip().splitlines()[-1].split('LiftError: ', 1)[-1]
 
 def main(argv=None, # words after the program's name; None: those of this process
 )->int: # exit code: 0, or 2 for a mistake in the words
@@ -102,7 +106,7 @@ def main(argv=None, # words after the program's name; None: those of this proces
         elif argv: single_run(parse_args(argv))
         else: main_job()
     except LiftError as e:
-        print(f'lift_nb: {e}', file=sys.stderr)
+        print(f'lift_nb: {last_sentence(e)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('lift_nb: interrupted', file=sys.stderr)

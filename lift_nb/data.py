@@ -178,7 +178,7 @@ def cifar100_lt(train_images, train_labels, test_images, test_labels, classes, #
     name = 'cifar100' + (f'_ir{ratio}' if ratio > 1 else '')
     return from_arrays(train_images[keep], np.asarray(train_labels)[keep], test_images, test_labels, classes, name)
 
-# %% ../nbs/01_data.ipynb #6eb38b37
+# %% ../nbs/01_data.ipynb #cdddeb1f
 test_folders = ('test', 'valid', 'val')
 
 def class_folders(path:Path, # folder that holds one folder per class
@@ -205,7 +205,7 @@ def _flat(found, classes):
     "Paths and labels of a dictionary class → paths"
     return [f for c in classes for f in found.get(c, [])], np.repeat(np.arange(len(classes)), [len(found.get(c, [])) for c in classes])
 
-# %% ../nbs/01_data.ipynb #ce82dfd3
+# %% ../nbs/01_data.ipynb #57027885
 def from_folder(path, # `train/` and `test/` with class folders, or the class folders themselves
     test_pct:float=0.2, # part of each class held out when there is no test folder
     seed:int=0, # of that split
@@ -222,7 +222,7 @@ def from_folder(path, # `train/` and `test/` with class folders, or the class fo
     classes = sorted(c for c in train if train[c] or c in test)
     return LongTailData(name or path.resolve().name, classes, *_flat(train, classes), *_flat(test, classes))
 
-# %% ../nbs/01_data.ipynb #41d137ad
+# %% ../nbs/01_data.ipynb #008bfc03
 DATASETS = dict(digits_lt=digits_lt, cifar100=cifar100, cifar100_ir10=partial(cifar100, ratio=10),
     cifar100_ir50=partial(cifar100, ratio=50), cifar100_ir100=partial(cifar100, ratio=100))
 
@@ -234,7 +234,7 @@ def load_data(data, # a name of `DATASETS`, a folder, or a `LongTailData`
     if str(data) not in DATASETS and Path(data).is_dir(): return from_folder(data)
     return lookup(DATASETS, str(data), 'data set (or folder)')(root)
 
-# %% ../nbs/01_data.ipynb #8c982a5d
+# %% ../nbs/01_data.ipynb #5a83cb1f
 def open_image(x, # path, array (H, W[, 3]) or PIL image
 )->PILImage: # RGB
     "Open one image; raises `LiftError` with the file's name when it cannot be read"
@@ -245,7 +245,7 @@ def open_image(x, # path, array (H, W[, 3]) or PIL image
 
 def _label(x): return x if isinstance(x, (str, Path)) else f'{type(x).__name__} of shape {np.shape(x)}'
 
-# %% ../nbs/01_data.ipynb #88371851
+# %% ../nbs/01_data.ipynb #934c8965
 class Pick(Transform):
     "Position → what lies there in two sequences laid end to end; anything that is not a position is returned as it is"
     input_types = object
@@ -263,14 +263,14 @@ def datasets(data:LongTailData, # what to load
     tfms = [[Pick(data.train_images, data.test_images), open_image], [names, Categorize(vocab=vocab, sort=False)]]
     return Datasets(range(n+m), tfms, splits=[list(range(n)), list(range(n, n+m))])
 
-# %% ../nbs/01_data.ipynb #1de71b5b
+# %% ../nbs/01_data.ipynb #f49b2b9d
 def default_workers(data:LongTailData, # what to load
 )->int:
     "Worker processes: none for images in memory or on a small machine, up to 8 for files"
     cores = os.cpu_count() or 1
     return 0 if isinstance(data.train_images, np.ndarray) or cores <= 2 else min(8, cores)
 
-# %% ../nbs/01_data.ipynb #250fb9e9
+# %% ../nbs/01_data.ipynb #1f1d0985
 def dataloaders(data:LongTailData, # what to load
     item_tfms, # transforms of single images: training crop (`split_idx=0`), test crop (`split_idx=1`)
     mean, # (3,) of the backbone
@@ -284,7 +284,7 @@ def dataloaders(data:LongTailData, # what to load
     return datasets(data).dataloaders(bs=bs, after_item=[*item_tfms, ToTensor()], drop_last=False, num_workers=workers,
         after_batch=[IntToFloatTensor(), Normalize.from_stats(mean, std)], persistent_workers=workers > 0, **kwargs)
 
-# %% ../nbs/01_data.ipynb #0f01cb67
+# %% ../nbs/01_data.ipynb #73c67732
 group_colors = dict(many='tab:blue', medium='tab:green', few='tab:red')
 
 def plot_counts(data:LongTailData, # what to draw

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'INITS', 'Head', 'LinearHead', 'CosineHead', 'L2NormHead', 'LayerNormHead', 'ZeroShotHead', 'zero_shot_head',
-           'semantic_rows', 'class_sums', 'class_mean_rows', 'fresh_rows', 'create_head']
+           'semantic_rows', 'class_sums', 'class_mean_rows', 'fresh_rows', 'fitting', 'create_head']
 
 # %% ../nbs/07_heads.ipynb #1274b646
 import torch
@@ -108,7 +108,18 @@ def fresh_rows(backbone, classes, train_batches=None, template=TEMPLATE): "Keep 
 
 INITS = dict(semantic=semantic_rows, class_mean=class_mean_rows, none=fresh_rows)
 
-# %% ../nbs/07_heads.ipynb #56f82864
+# %% ../nbs/07_heads.ipynb #4132690b
+@torch.no_grad()
+def fitting(head:nn.Module, # (B, d) → (B, C)
+    d:int, # features of the backbone
+    n_classes:int, # C
+)->nn.Module:
+    "`head`, or `LiftError` when it does not map these features to these classes"
+    try: shape = tuple(head(torch.zeros(2, d)).shape)
+    except RuntimeError as e: raise LiftError(f'The head does not take the {d} features of the backbone ({e})') from None
+    if shape != (2, n_classes): raise LiftError(f'The head is made for {shape[-1]} classes, the data has {n_classes}')
+    return head
+
 def create_head(head, # a name of `HEADS` or a ready module (B, d) → (B, C)
     backbone:Backbone, # whose features it reads
     classes, # C class names
@@ -118,7 +129,7 @@ def create_head(head, # a name of `HEADS` or a ready module (B, d) → (B, C)
     template:str=TEMPLATE, # prompt of the semantic start
 )->nn.Module: # (B, d) → (B, C)
     "A classifier with its first weights"
-    if isinstance(head, nn.Module): return head
+    if isinstance(head, nn.Module): return fitting(head, backbone.n_features, len(classes))
     h = lookup(HEADS, head, 'head')(backbone.n_features, len(classes), scale)
     rows = init if isinstance(init, Tensor) else lookup(INITS, init, 'initialisation')(backbone, classes, train_batches, template)
     if rows is None: return h

@@ -7,13 +7,14 @@ __all__ = ['PRECISIONS', 'autocast', 'LiftModel', 'lift_dataloaders', 'normalise
            'plain_train_batches', 'tuned_groups', 'make_head', 'make_loss', 'method_row', 'method_callbacks',
            'lift_plus_learner', 'assemble']
 
-# %% ../nbs/12_learner.ipynb #ba1e671e
+# %% ../nbs/12_learner.ipynb #9301ee27
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -26,7 +27,7 @@ from fasttransform import Pipeline
 from .basics import LiftError, lookup
 from .data import LongTailData, class_counts, dataloaders, load_data, long_tail_subset
 from .augment import CenterCrop, FiveCrops, MinimalistCrop, train_crop
-from .backbones import Backbone, create_backbone
+from .backbones import Backbone, choose_attention, create_backbone
 from .text import TEMPLATE
 from .surgery import adapt, n_tuned
 from .heads import create_head, zero_shot_head
@@ -182,7 +183,7 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     return assemble(dls, data, b, m, classes, dict(layers=layers, dim=dim, scale=scale, init=init, template=template, tau=tau, accum_step=accum_step,
         precision=precision), metrics=metrics, cbs=cbs, opt_func=partial(SGD, mom=mom, decouple_wd=False), wd=wd, **kwargs)
 
-# %% ../nbs/12_learner.ipynb #40eec231
+# %% ../nbs/12_learner.ipynb #e5808b0b
 def assemble(dls:DataLoaders, # training and test set
     data, # the `LongTailData` behind it, or None
     b:Backbone, # frozen
@@ -197,7 +198,7 @@ def assemble(dls:DataLoaders, # training and test set
     labels = data.train_labels if data else train_labels(dls)
     counts, classes = class_counts(labels, dls.c), list(classes or (data.classes if data else dls.vocab))
     if len(classes) != dls.c: raise LiftError(f'{len(classes)} class names were given for {dls.c} classes')
-    b.model.to(dls.device)
+    choose_attention(b.model.to(dls.device), dls.device)
     with autocast(dls.device, o['precision']):
         head = make_head(m.head, b, classes, o['init'], plain_train_batches(dls, labels), o['scale'], o['template'])
     if m.modules != 'none': adapt(b.model, m.modules, dls.c, o['layers'], o['dim'])
@@ -217,7 +218,14 @@ def fit_lift(self:Learner,
     "Train with the method's epochs, learning rate and schedule"
     self.fit(self.method.epochs if epochs is None else epochs, lr, cbs=[EpochCosine(), *(cbs or [])])
 
-# %% ../nbs/12_learner.ipynb #92e26d11
+# %% ../nbs/12_learner.ipynb #a76934ce
+@patch
+def history(self:Learner)->pd.DataFrame: # a row for each epoch
+    "Losses and metrics of the last training"
+    names = self.recorder.metric_names[1:]
+    return pd.DataFrame(list(map(list, self.recorder.values)), columns=[n for n in names if n != 'time']).rename_axis('epoch')
+
+# %% ../nbs/12_learner.ipynb #09e1d188
 @patch
 def tte_dl(self:Learner,
     expand:int|None=None, # margin in pixels; None: 24

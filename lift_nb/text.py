@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATE', 'RENAME', 'parts', 'prompts', 'tokenizer', 'tokenize', 'TextTower', 'our_name', 'dense_embedding',
            'text_tower_from', 'text_tower', 'text_features']
 
-# %% ../nbs/04_text.ipynb #91a3959f
+# %% ../nbs/04_text.ipynb #bf597802
 from functools import partial, lru_cache
 
 import torch
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block
 from open_clip.tokenizer import SimpleTokenizer
 
 from .basics import LiftError
-from .backbones import Backbone, create_backbone, depth_of, n_heads, unreachable
+from .backbones import Backbone, create_backbone, depth_of, hub, n_heads, unreachable
 
 # %% ../nbs/04_text.ipynb #26f574e6
 TEMPLATE = 'a photo of a {}.'
@@ -101,14 +101,15 @@ def text_tower_from(sd:dict, # CLIP's state dict in OpenAI's naming
     tower.load_state_dict(sd)
     return tower.requires_grad_(False).eval()
 
-# %% ../nbs/04_text.ipynb #2276977b
+# %% ../nbs/04_text.ipynb #5568c08f
 def text_tower(backbone:Backbone, # what `create_backbone` returned
 )->TextTower: # frozen, in eval mode
     "The text tower that belongs to a CLIP backbone; raises `LiftError` when there is none or it cannot be fetched"
     if backbone.text is None: raise LiftError(f"'{backbone.name}' has no text tower; start the head with init='class_mean' or 'none'")
     if isinstance(backbone.text, dict): return text_tower_from(backbone.text, act=backbone.act, heads=backbone.text_heads)
     name, tag = backbone.text
-    try: model = open_clip.create_model(name, pretrained=tag)
+    try:
+        with hub(): model = open_clip.create_model(name, pretrained=tag)
     except Exception as e: raise unreachable(backbone.name, f'open_clip {name}, {tag}', e) from None
     return text_tower_from(model.state_dict(), model.transformer.resblocks[0].attn.num_heads)
 
