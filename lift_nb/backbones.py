@@ -123,7 +123,7 @@ def read_weights(path, # .safetensors, or .pt/.pth of plain tensors
     except Exception as e: reason = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
     raise LiftError(f"'{path}' is not a file of plain tensors ({reason}); save the model's state_dict as safetensors and give that file")
 
-# %% ../nbs/03_backbones.ipynb #174f4bff
+# %% ../nbs/03_backbones.ipynb #819c712a
 def n_heads(width:int, # of a CLIP's tower
 )->int:
     "Attention heads of a CLIP tower: 64 wide, at least two"
@@ -138,18 +138,19 @@ def depth_of(sd:dict, # state dict
 def clip_vit_from(sd:dict, # state dict in OpenAI's naming
     heads:int|None=None, # attention heads; None: see `n_heads`
     act:str='quick_gelu', # activation of the MLPs, timm's name
+    resolution:int|None=None, # pixels; None: that of the weights
 )->VisionTransformer: # its head is the projection into the joint space
     "timm's vision transformer with the weights of a CLIP state dict"
     if sd.get('visual.conv1.weight') is None or 'visual.class_embedding' not in sd:
         raise LiftError('The state dict is not that of a CLIP vision transformer in OpenAI\'s naming: it has no visual.conv1.weight and visual.class_embedding')
     (width, _, _, patch), tokens = sd['visual.conv1.weight'].shape, len(sd['visual.positional_embedding'])
-    model = VisionTransformer(img_size=patch*math.isqrt(tokens-1), patch_size=patch, embed_dim=width, depth=depth_of(sd, 'visual.transformer.resblocks.'),
+    model = VisionTransformer(img_size=resolution or patch*math.isqrt(tokens-1), patch_size=patch, embed_dim=width, depth=depth_of(sd, 'visual.transformer.resblocks.'),
         num_heads=heads or n_heads(width), num_classes=sd['visual.proj'].shape[1], pre_norm=True,
         norm_layer=partial(LayerNorm, eps=1e-5), act_layer=get_act_layer(act))
     model.load_state_dict({k: v.float() for k, v in checkpoint_filter_fn(sd, model).items()})
     return model
 
-# %% ../nbs/03_backbones.ipynb #9daaaaad
+# %% ../nbs/03_backbones.ipynb #0e22c688
 def take_projection(model:nn.Module, # timm CLIP transformer with its projection as classifier
 )->Tensor: # (d, e)
     "Remove the projection from the model and return it"
@@ -163,19 +164,25 @@ def clip_backbone(sd:dict, # CLIP's state dict, both towers, OpenAI's naming
     name:str='clip', # for reports
     heads:int|None=None, # attention heads of the image tower; None: see `n_heads`
     act:str='quick_gelu', # activation, timm's name
+    resolution:int|None=None, # pixels; None: that of the weights
     **kwargs, # other facts: see `Backbone`
 )->Backbone:
     "A backbone whose two towers come from one state dict"
-    model = clip_vit_from(sd, heads, act)
+    model = clip_vit_from(sd, heads, act, resolution)
     facts = dict(resolution=model.patch_embed.img_size[0], text=sd, init='semantic', weights='state dict', act=act, **CLIP_STATS)
     return Backbone(name, image_proj=take_projection(model), model=model, **{**facts, **kwargs})
 
-# %% ../nbs/03_backbones.ipynb #c19ba1da
+# %% ../nbs/03_backbones.ipynb #06c2254c
 tiny_clip_file = Path(__file__).parent/'weights'/'tiny_clip.safetensors' if '__file__' in globals() else Path('../lift_nb/weights/tiny_clip.safetensors')
 
-def tiny_clip()->Backbone:
-    "The small CLIP of this package (32 pixels), trained on rendered characters"
-    return clip_backbone(read_weights(tiny_clip_file), 'tiny_clip', text_heads=1, weights='embedded')
+def tiny_clip(checkpoint=None, # local file instead of the embedded weights
+    pretrained:bool=True, # False: a random image tower
+    resolution:int|None=None, # pixels, when not 32
+)->Backbone:
+    "The small CLIP of this package, trained on rendered characters"
+    b = clip_backbone(read_weights(checkpoint or tiny_clip_file), 'tiny_clip', resolution=resolution, text_heads=1, weights=str(checkpoint or 'embedded'))
+    if not pretrained: b.model.init_weights(); b.weights = 'random'
+    return b
 
 # %% ../nbs/03_backbones.ipynb #5b5a336d
 def answers(url:str, # of a server
@@ -238,10 +245,11 @@ def timm_backbone(name:str, # as asked for
     return Backbone(name, model, resolution or row.resolution or cfg['input_size'][-1], tuple(cfg['mean']), tuple(cfg['std']), proj, text, row.init,
                     weights=str(checkpoint or (row.timm if pretrained else 'random')))
 
-# %% ../nbs/03_backbones.ipynb #6b61f1d6
+# %% ../nbs/03_backbones.ipynb #7ea33cc9
 def open_clip_backbone(name:str, # 'model/tag'
     checkpoint=None, # local file instead of the tag
     pretrained:bool=True, # False: random weights
+    resolution:int|None=None, # pixels, when not that of the weights
 )->Backbone:
     "A backbone from any open_clip model with a vision transformer of its own"
     arch, _, tag = name.partition('/')
@@ -250,14 +258,14 @@ def open_clip_backbone(name:str, # 'model/tag'
     if 'layers' not in cfg['vision_cfg'] or isinstance(cfg['vision_cfg']['layers'], list) or 'hf_model_name' in cfg['text_cfg']:
         raise LiftError(f"'{arch}' is not a CLIP of two plain transformers; give the image tower by its timm name instead")
     try:
-        with hub(): model, _, tfm = open_clip.create_model_and_transforms(arch, pretrained=source if pretrained else None)
+        with hub(): model, _, tfm = open_clip.create_model_and_transforms(arch, pretrained=source if pretrained else None, force_image_size=resolution)
     except Exception as e: raise unreachable(name, f'open_clip {arch}, {source}', e) from None
     norm = tfm.transforms[-1]
     return clip_backbone(model.state_dict(), name, heads=model.visual.transformer.resblocks[0].attn.num_heads, weights=source or 'random',
         act='quick_gelu' if cfg.get('quick_gelu') else 'gelu', mean=tuple(norm.mean), std=tuple(norm.std),
         text_heads=model.transformer.resblocks[0].attn.num_heads)
 
-# %% ../nbs/03_backbones.ipynb #8645081e
+# %% ../nbs/03_backbones.ipynb #497fff04
 def wrap_model(model:nn.Module, # timm model; its classifier is removed
 )->Backbone:
     "A backbone from a ready timm model"
@@ -271,13 +279,16 @@ def create_backbone(name, # a name of `BACKBONES`, timm or open_clip, a CLIP sta
     resolution:int|None=None, # pixels, when not that of the weights: position embeddings are resampled
 )->Backbone: # frozen, in eval mode
     "The image tower that a name stands for"
+    options = (checkpoint, pretrained, resolution)
+    if not isinstance(name, str) and options != (None, True, None):
+        raise LiftError(f'checkpoint, pretrained and resolution belong to the name of a backbone, not to a ready {type(name).__name__}')
     if isinstance(name, Backbone): b = name
     elif isinstance(name, nn.Module): b = wrap_model(name)
     elif isinstance(name, dict): b = clip_backbone(name)
-    elif name == 'tiny_clip': b = tiny_clip()
-    elif name in BACKBONES: b = timm_backbone(name, BACKBONES[name], checkpoint, pretrained, resolution)
-    elif timm.is_model(name.split('.')[0]): b = timm_backbone(name, Row(name), checkpoint, pretrained, resolution)
-    elif name.partition('/')[0] in open_clip.list_models(): b = open_clip_backbone(name, checkpoint, pretrained)
+    elif name == 'tiny_clip': b = tiny_clip(*options)
+    elif name in BACKBONES: b = timm_backbone(name, BACKBONES[name], *options)
+    elif timm.is_model(name.split('.')[0]): b = timm_backbone(name, Row(name), *options)
+    elif name.partition('/')[0] in open_clip.list_models(): b = open_clip_backbone(name, *options)
     else: raise LiftError(f"Unknown backbone {name!r}; choose from {nearest(name, [*BACKBONES, 'tiny_clip'])}, a timm or an open_clip name")
     b.model.requires_grad_(False).eval()
     return b

@@ -148,7 +148,7 @@ def describe(learn, r, s, phases)->dict: # what goes into result.json
     return dict(recipe=asdict(r), seed=r.seed, versions=versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(), **scores,
         seconds=phases.seconds, trained_parameters=n_tuned(learn.model), weights=learn.backbone.weights, device=str(learn.dls.device))
 
-# %% ../nbs/13_experiment.ipynb #204606f4
+# %% ../nbs/13_experiment.ipynb #8b9d0ea2
 def quiet(learn): return learn.no_bar() if not sys.stdout.isatty() else nullcontext()
 
 def train(learn, log, folder, validate):
@@ -157,11 +157,14 @@ def train(learn, log, folder, validate):
         learn.fit_lift(cbs=[EpochLog(log, folder/'tensorboard'), *([] if validate else [SkipValidation()])])
 
 def finish(folder, learn, r, s, phases, name='result'):
-    "Write result, picture and (after training) tensors"
+    "Write result, picture, scores for TensorBoard and (after training) the trained tensors"
     result = describe(learn, r, s, phases)
     title = f'{r.data}, {r.backbone}'
     fig = plot_per_class({r.method: s}, learn.counts, title=title).figure
     fig.savefig(folder/f'{"per_class" if name == "result" else name}.png', dpi=150, bbox_inches='tight'); plt.close(fig)
+    with SummaryWriter(folder/'tensorboard') as w:
+        for k, v in asdict(s).items():
+            if isinstance(v, float): w.add_scalar(f'{name}/{k}', v, r.epochs)
     if name == 'result': save_tuned(folder/'model.safetensors', learn.model, classes=list(learn.dls.vocab), recipe=asdict(r), weights=learn.backbone.weights)
     write_json(folder/f'{name}.json', result)
     return result

@@ -15,7 +15,7 @@ from .basics import LiftError, lookup
 from .backbones import blocks, slot
 from .adapters import AdaptFormer, Parallel, Residual, auto_dim
 
-# %% ../nbs/06_surgery.ipynb #7e92e3cf
+# %% ../nbs/06_surgery.ipynb #ce55b4c2
 def pick_layers(layers, # None, an integer, a list or a range
     n:int, # number of blocks
 )->list:
@@ -23,7 +23,7 @@ def pick_layers(layers, # None, an integer, a list or a range
     if layers is None: return list(range(n))
     if isinstance(layers, bool) or not isinstance(layers, (int, list, tuple, range)):
         raise LiftError(f'Layers must be none, a number, a list or a range, not {layers!r}')
-    if isinstance(layers, int): layers = range(n-layers, n) if 0 <= layers <= n else [layers]
+    if isinstance(layers, int): layers = range(n-layers, n) if 0 <= layers <= n else [f'the last {layers}']
     bad = [l for l in layers if not isinstance(l, int) or not -n <= l < n]
     if bad: raise LiftError(f'Layers {bad} are out of range: the tower has {n} blocks')
     return sorted({l % n for l in layers})
