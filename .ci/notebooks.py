@@ -34,6 +34,7 @@ def execute(fn:Path, flags:str=''):
     cells = {c.id: c for c in nb.cells}
     with working_directory(fn.parent):
         for c in code_cells(fn, flags):
+            shell._cell_idx = cells[c.id].idx_ + 1  # prettytb names it
             cells[c.id].outputs = shell.run(c.source, stderr=False)
             if shell.exc: sys.exit(f'{fn.name}, cell {cells[c.id].idx_}:\n{shell.prettytb(fn)}')
     write_nb(nb, fn)

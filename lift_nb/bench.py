@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['seconds', 'matmul_rate', 'saved_bytes', 'step_setup', 'bench_step', 'machine', 'cpu_name', 'bench']
 
-# %% ../nbs/14_bench.ipynb #4e49dd31
+# %% ../nbs/14_bench.ipynb #5bed69ec
 import os, platform, statistics, time
-from contextlib import nullcontext
 
 import pandas as pd
 import torch
-from torch import nn, Tensor
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +18,7 @@ from .backbones import create_backbone
 from .surgery import adapt
 from .heads import create_head
 from .losses import LogitAdjustment
-from .learner import LiftModel, autocast
+from .learner import LiftModel
 
 # %% ../nbs/14_bench.ipynb #01cb7c40
 def seconds(f, # what to time, called without arguments

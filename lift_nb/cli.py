@@ -6,8 +6,14 @@
 __all__ = ['WORDS', 'RUN_OPTIONS', 'COMMANDS', 'parse_value', 'option_docs', 'parse_pairs', 'parser', 'parse_args', 'main_job',
            'single_run', 'bench_job', 'last_sentence', 'main']
 
-# %% ../nbs/15_cli.ipynb #db3036a2
-import argparse, ast, json, re, sys
+# %% ../nbs/15_cli.ipynb #11418bff
+import warnings
+
+# %% ../nbs/15_cli.ipynb #22b0cb78
+warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # open_clip's import; nothing a user can change
+
+# %% ../nbs/15_cli.ipynb #2c3edcde
+import argparse, ast, re, sys
 from dataclasses import fields
 from inspect import getsource
 from pathlib import Path
@@ -19,7 +25,7 @@ from .recipes import METHODS, Recipe, option_names, resolve
 import lift_nb.experiment as experiment
 import lift_nb.bench as benchmarks
 
-# %% ../nbs/15_cli.ipynb #8943457d
+# %% ../nbs/15_cli.ipynb #080df648
 WORDS = dict(none=None, null=None, true=True, false=False)
 
 def parse_value(text:str, # as typed
@@ -31,7 +37,7 @@ def parse_value(text:str, # as typed
     except (ValueError, SyntaxError, MemoryError, RecursionError): return text
     return value if isinstance(value, (int, float, list, tuple)) else text
 
-# %% ../nbs/15_cli.ipynb #593c9092
+# %% ../nbs/15_cli.ipynb #0578de44
 RUN_OPTIONS = dict(output_dir='folder of the run; none: output/<name of the run>', test_only='evaluate the tensors of an earlier run instead of training',
     model_dir='folder of that run; none: the output folder', validate='look at the test set after every epoch?')
 
@@ -51,7 +57,7 @@ def parse_pairs(words, # key value key value …
     texts = [f.name for f in fields(Recipe) if f.type in (str, str|None)] + ['output_dir', 'model_dir']
     return {k: v if k in texts and v.lower() != 'none' else parse_value(v) for k, v in zip(keys, words[1::2])}
 
-# %% ../nbs/15_cli.ipynb #bb0332d7
+# %% ../nbs/15_cli.ipynb #0a0597bc
 def parser()->argparse.ArgumentParser:
     "The three named arguments; everything after them is pairs"
     options = '\n'.join(f'  {k:14} {"" if d is None else d!s:18} {text}' for k, (d, text) in option_docs().items() if k not in ('data', 'backbone', 'method'))
@@ -72,7 +78,7 @@ def parse_args(argv, # words of the command line
     named = {k: v for k, v in vars(known).items() if k != 'pairs' and v is not None}
     return {**named, **parse_pairs([*known.pairs, *rest])}
 
-# %% ../nbs/15_cli.ipynb #bcc2b8f5
+# %% ../nbs/15_cli.ipynb #63775bba
 def main_job():
     "Zero-shot, cross-entropy and LIFT+ side by side"
     results = experiment.compare(experiment.MAIN_JOB)
@@ -90,7 +96,7 @@ def bench_job(backbone='clip_vit_b16'):
     "Print the benchmark of a training step"
     print(benchmarks.machine(), benchmarks.bench(backbone).round(3).T.to_string(header=False), sep='\n')
 
-# %% ../nbs/15_cli.ipynb #77ad7e8a
+# %% ../nbs/15_cli.ipynb #5a7fdbfc
 COMMANDS = dict(bench=bench_job)
 
 def last_sentence(e:Exception)->str:

@@ -7,10 +7,10 @@ __all__ = ['PACKAGES', 'COLUMNS', 'MAIN_JOB', 'claim_folder', 'write_json', 'sav
            'versions', 'Phases', 'learner_options', 'build', 'put_back', 'describe', 'quiet', 'train', 'finish', 'run',
            'summary', 'table', 'compare']
 
-# %% ../nbs/13_experiment.ipynb #00de8021
+# %% ../nbs/13_experiment.ipynb #20d9941b
 import json, os, platform, sys, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def describe(learn, r, s, phases)->dict: # what goes into result.json
     return dict(recipe=asdict(r), seed=r.seed, versions=versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(), **scores,
         seconds=phases.seconds, trained_parameters=n_tuned(learn.model), weights=learn.backbone.weights, device=str(learn.dls.device))
 
-# %% ../nbs/13_experiment.ipynb #8b9d0ea2
+# %% ../nbs/13_experiment.ipynb #43b14142
 def quiet(learn): return learn.no_bar() if not sys.stdout.isatty() else nullcontext()
 
 def train(learn, log, folder, validate):
@@ -183,7 +183,7 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
     folder = folder if test_only else claim_folder(folder, echo)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder/'log.txt', echo)
-    log(f"{r.method} on {learn.data}\n{n_tuned(learn.model):,} trained parameters; {json.dumps(asdict(r))}")
+    log(f"{r.method} on {learn.data}\n{n_tuned(learn.model):,} trained parameters; {json.dumps({k: v for k, v in asdict(r).items() if v is not None})}")
     if test_only: put_back(learn, model_dir or folder)
     elif r.epochs and n_tuned(learn.model):
         with phases('train'): train(learn, log, folder, validate)
