@@ -60,9 +60,10 @@ def parse_pairs(words, # key value key value …
 # %% ../nbs/15_cli.ipynb #0a0597bc
 def parser()->argparse.ArgumentParser:
     "The three named arguments; everything after them is pairs"
-    options = '\n'.join(f'  {k:14} {"" if d is None else d!s:18} {text}' for k, (d, text) in option_docs().items() if k not in ('data', 'backbone', 'method'))
+    options = '\n'.join(f'  {k:14} {"" if d is None else d!s:18} {text}' for k, (d, text) in list(option_docs().items())[3:])
     runs = '\n'.join(f'  {k:14} {"":18} {text}' for k, text in RUN_OPTIONS.items())
-    p = argparse.ArgumentParser('lift_nb', formatter_class=argparse.RawDescriptionHelpFormatter, usage='lift_nb [-d DATA] [-b BACKBONE] [-m METHOD] [key value]…',
+    p = argparse.ArgumentParser('lift_nb', formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='lift_nb [-d DATA] [-b BACKBONE] [-m METHOD] [key value]…',
         description='Long-tail learning with LIFT+. Without arguments: zero-shot, cross-entropy and LIFT+ on the embedded digits, side by side.\n'
                     'lift_nb bench [backbone] measures a training step.', epilog=f'options (key, default, meaning):\n{options}\n{runs}')
     p.add_argument('-d', dest='data', metavar='DATA', help=f"{', '.join(DATASETS)}, or a folder of images")

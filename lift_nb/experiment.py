@@ -149,7 +149,9 @@ def describe(learn, r, s, phases)->dict: # what goes into result.json
         seconds=phases.seconds, trained_parameters=n_tuned(learn.model), weights=learn.backbone.weights, device=str(learn.dls.device))
 
 # %% ../nbs/13_experiment.ipynb #43b14142
-def quiet(learn): return learn.no_bar() if not sys.stdout.isatty() else nullcontext()
+def quiet(learn):
+    "No progress bar unless somebody watches"
+    return learn.no_bar() if not sys.stdout.isatty() else nullcontext()
 
 def train(learn, log, folder, validate):
     "Fit the recipe's epochs with a line in the log after each"
@@ -165,7 +167,8 @@ def finish(folder, learn, r, s, phases, name='result'):
     with SummaryWriter(folder/'tensorboard') as w:
         for k, v in asdict(s).items():
             if isinstance(v, float): w.add_scalar(f'{name}/{k}', v, r.epochs)
-    if name == 'result': save_tuned(folder/'model.safetensors', learn.model, classes=list(learn.dls.vocab), recipe=asdict(r), weights=learn.backbone.weights)
+    about = dict(classes=list(learn.dls.vocab), recipe=asdict(r), weights=learn.backbone.weights)
+    if name == 'result': save_tuned(folder/'model.safetensors', learn.model, **about)
     write_json(folder/f'{name}.json', result)
     return result
 
@@ -209,9 +212,11 @@ def compare(recipes:dict, # name → options of `run`
 )->dict: # name → what `run` returned
     "Run recipes one after another; their picture is `comparison.png` in `folder`"
     folder = Path(folder)
-    results = {n: run(output_dir=folder/run_name(**{k: v for k, v in o.items() if k != 'validate'}), echo=echo, **o) for n, o in recipes.items()}
+    def place(o): return folder/run_name(**{k: v for k, v in o.items() if k != 'validate'})
+    results = {n: run(output_dir=place(o), echo=echo, **o) for n, o in recipes.items()}
     first = next(iter(results.values()))
-    fig = plot_per_class({n: r['per_class'] for n, r in results.items()}, first['class_counts'], title=f"{first['recipe']['data']}, {first['recipe']['backbone']}").figure
+    title = f"{first['recipe']['data']}, {first['recipe']['backbone']}"
+    fig = plot_per_class({n: r['per_class'] for n, r in results.items()}, first['class_counts'], title=title).figure
     fig.savefig(folder/'comparison.png', dpi=150, bbox_inches='tight'); plt.close(fig)
     return results
 

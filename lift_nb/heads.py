@@ -133,6 +133,7 @@ def create_head(head, # a name of `HEADS` or a ready module (B, d) → (B, C)
     h = lookup(HEADS, head, 'head')(backbone.n_features, len(classes), scale)
     rows = init if isinstance(init, Tensor) else lookup(INITS, init, 'initialisation')(backbone, classes, train_batches, template)
     if rows is None: return h
-    if rows.shape != h.weight.shape: raise LiftError(f'The rows for the head have shape {tuple(rows.shape)}, it needs {tuple(h.weight.shape)} (classes, features)')
+    have, need = tuple(rows.shape), tuple(h.weight.shape)
+    if have != need: raise LiftError(f'The rows for the head have shape {have}, it needs {need} (classes, features)')
     h.weight.data = rows.detach().clone().float()
     return h

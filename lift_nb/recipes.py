@@ -69,7 +69,9 @@ class Recipe:
     seed: int = 0
     num_workers: int|None = None # processes that load images; none: by the kind of data
 
-def option_names(): return [f.name for f in fields(Recipe)]
+def option_names()->list:
+    "The names of all settings"
+    return [f.name for f in fields(Recipe)]
 
 # %% ../nbs/11_recipes.ipynb #3eda6ee1
 POSITIVE = ('resolution', 'dim', 'scale', 'lr', 'batch_size', 'accum_step')

@@ -33,7 +33,9 @@ def prompts(classes, # C class names
     return [template.replace('{}', c.replace('_', ' ')) for c in classes]
 
 @lru_cache
-def tokenizer(): return SimpleTokenizer()
+def tokenizer():
+    "CLIP's tokenizer, made once"
+    return SimpleTokenizer()
 
 def tokenize(texts, # C sentences
     context:int=77, # positions of the text tower
