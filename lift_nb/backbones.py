@@ -145,8 +145,8 @@ def clip_vit_from(sd:dict, # state dict in OpenAI's naming
     if missing: raise LiftError(f"The state dict is not that of a CLIP vision transformer in OpenAI's naming: it has no {missing}")
     (width, _, _, patch), tokens = sd['visual.conv1.weight'].shape, len(sd['visual.positional_embedding'])
     size, depth = resolution or patch*math.isqrt(tokens-1), depth_of(sd, 'visual.transformer.resblocks.')
-    model = VisionTransformer(img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads or n_heads(width), num_classes=sd['visual.proj'].shape[1], pre_norm=True,
-        norm_layer=partial(LayerNorm, eps=1e-5), act_layer=get_act_layer(act))
+    model = VisionTransformer(img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads or n_heads(width),
+        num_classes=sd['visual.proj'].shape[1], pre_norm=True, norm_layer=partial(LayerNorm, eps=1e-5), act_layer=get_act_layer(act))
     model.load_state_dict({k: v.float() for k, v in checkpoint_filter_fn(sd, model).items()})
     return model
 
