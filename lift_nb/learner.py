@@ -23,6 +23,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, ToTensor
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+import fastai.vision.learner  # teaches show_results about images
 from fasttransform import Pipeline
 
 from .basics import LiftError, lookup
