@@ -26,7 +26,6 @@ from timm.data import resolve_model_data_config
 from timm.layers import Attention, LayerNorm, get_act_layer
 from timm.models import load_state_dict
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
-from safetensors import SafetensorError
 
 from .basics import LiftError, nearest
 
@@ -119,8 +118,7 @@ def read_weights(path, # .safetensors, or .pt/.pth of plain tensors
     "State dict of a file; nothing in the file is executed. Raises `LiftError` when it is not one"
     if not Path(path).is_file(): raise LiftError(f"There is no file of weights '{path}'")
     try: return load_state_dict(str(path))
-    except (RuntimeError, SafetensorError, OSError, EOFError, AttributeError, KeyError, ValueError) as e: reason = str(e).splitlines()[0][:120]
-    except Exception as e: reason = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
+    except Exception as e: reason = (str(e) or type(e).__name__).splitlines()[0][:120]
     raise LiftError(f"'{path}' is not a file of plain tensors ({reason}); save the model's state_dict as safetensors and give that file")
 
 # %% ../nbs/03_backbones.ipynb #819c712a

@@ -18,10 +18,10 @@ from dataclasses import fields
 from inspect import getsource
 from pathlib import Path
 
-from .basics import LiftError, lookup, nearest
+from .basics import LiftError, nearest
 from .data import DATASETS
 from .backbones import BACKBONES
-from .recipes import METHODS, Recipe, option_names, resolve
+from .recipes import METHODS, Recipe, option_names
 import lift_nb.experiment as experiment
 import lift_nb.bench as benchmarks
 

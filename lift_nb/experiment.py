@@ -14,9 +14,7 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 import matplotlib.pyplot as plt
 from safetensors import safe_open
 from safetensors.torch import save_file
