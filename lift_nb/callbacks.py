@@ -6,7 +6,7 @@
 __all__ = ['EpochCosine', 'CropSchedule', 'FrozenEval', 'AccumulateGradients', 'AdjustLogits', 'AverageCrops', 'StopOnNonFinite',
            'SkipValidation']
 
-# %% ../nbs/11_callbacks.ipynb #5a6b2617
+# %% ../nbs/11_callbacks.ipynb #5fc433a0
 import math
 
 import torch
@@ -17,10 +17,10 @@ from fastai.learner import Recorder
 
 from .basics import LiftError
 from .augment import min_scale
-from .adapters import Parallel, Residual
+from .adapters import Parallel, Wired
 from .losses import LongTailLoss
 
-# %% ../nbs/11_callbacks.ipynb #463c0b48
+# %% ../nbs/11_callbacks.ipynb #39552967
 class EpochCosine(Callback):
     "Learning rate `lr · (1 + cos(π · epoch/epochs))/2`, constant within an epoch"
     order = 60
@@ -29,7 +29,7 @@ class EpochCosine(Callback):
         f = (1 + math.cos(math.pi*self.epoch/self.n_epoch))/2
         self.opt.set_hyper('lr', [lr*f for lr in self.lrs])
 
-# %% ../nbs/11_callbacks.ipynb #cfacde93
+# %% ../nbs/11_callbacks.ipynb #912591ce
 class CropSchedule(Callback):
     "Set the smallest area of a `MinimalistCrop` before each epoch"
     run_valid = False
@@ -38,16 +38,16 @@ class CropSchedule(Callback):
     ): self.crop, self.schedule = crop, schedule
     def before_train(self): self.crop.set_scale(min_scale(self.epoch, self.n_epoch, self.schedule))
 
-# %% ../nbs/11_callbacks.ipynb #4fffc63a
+# %% ../nbs/11_callbacks.ipynb #7d980e35
 class FrozenEval(Callback):
     "Keep `model.backbone` in eval mode while training; attached modules train"
     order, run_valid = TrainEvalCallback.order+1, False
     def before_train(self):
         self.model.backbone.eval()
         for m in self.model.backbone.modules():
-            if isinstance(m, (Parallel, Residual)): m.side.train()
+            if isinstance(m, Wired): m.side.train()
 
-# %% ../nbs/11_callbacks.ipynb #d6d9cbed
+# %% ../nbs/11_callbacks.ipynb #ba58bdaf
 class AccumulateGradients(Callback):
     "One optimizer step for every `n` batches, with the gradient of the mean loss over all their images"
     order, run_valid = MixedPrecision.order-1, False
@@ -64,7 +64,7 @@ class AccumulateGradients(Callback):
             if p.grad is not None: p.grad.mul_(self.dl.bs/self.images)
         self.batches, self.images = 0, 0
 
-# %% ../nbs/11_callbacks.ipynb #7b1efd29
+# %% ../nbs/11_callbacks.ipynb #1afe1ffe
 class AdjustLogits(Callback):
     "Apply the adjustment of a `LongTailLoss` to the training logits, before the loss"
     order, run_valid = MixedPrecision.order+1, False
@@ -73,7 +73,7 @@ class AdjustLogits(Callback):
     def before_fit(self): self.adjustment.to(self.dls.device)
     def after_pred(self): self.learn.pred = self.adjustment.adjust(self.pred.float())
 
-# %% ../nbs/11_callbacks.ipynb #ec740cae
+# %% ../nbs/11_callbacks.ipynb #c8e0217c
 class AverageCrops(Callback):
     "Test-time ensembling: batches (B, K, 3, R, R) in one forward, mean of the K logits"
     order = MixedPrecision.order+2
@@ -84,7 +84,7 @@ class AverageCrops(Callback):
     def after_pred(self):
         if self.k: self.learn.pred = self.pred.unflatten(0, (-1, self.k)).mean(1)
 
-# %% ../nbs/11_callbacks.ipynb #b40a6a58
+# %% ../nbs/11_callbacks.ipynb #02f6adb5
 class StopOnNonFinite(Callback):
     "Raise `LiftError` that says where when the training loss is NaN or infinite"
     order, run_valid = Recorder.order+1, False
@@ -101,7 +101,7 @@ class StopOnNonFinite(Callback):
         if i >= 0: raise LiftError(f'The loss became {self.loss.item():.3g} in epoch {self.epoch+1}, batch {i+1} of {self.n_iter}; training stopped, '
                                    'what was saved before stays. A smaller learning rate or fp32 may help')
 
-# %% ../nbs/11_callbacks.ipynb #c89cab60
+# %% ../nbs/11_callbacks.ipynb #c560b6ac
 class SkipValidation(Callback):
     "Leave out the validation of each epoch while training"
     def before_validate(self): raise CancelValidException()
