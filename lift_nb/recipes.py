@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'DATA_SETTINGS', 'POSITIVE', 'NOT_NEGATIVE', 'Method', 'Recipe', 'option_names', 'checked', 'resolve',
            'run_name']
 
-# %% ../nbs/12_recipes.ipynb #6a4a0dd0
+# %% ../nbs/12_recipes.ipynb #e68b181d
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 from typing import get_args
@@ -14,12 +14,13 @@ from typing import get_args
 from .basics import LiftError, lookup, nearest
 from .text import TEMPLATE
 
-# %% ../nbs/12_recipes.ipynb #c589a868
+# %% ../nbs/12_recipes.ipynb #002fa45b
 @dataclass(frozen=True)
 class Method:
     "The settings that a method's name stands for"
-    modules: str = 'none' # a name of `ADAPTERS` for the image tower, or 'none'
-    head: str = 'cosine' # a name of `HEADS`, or 'zero_shot'
+    modules: object = 'none' # names of `ADAPTERS` for the image tower joined by '+', a dict of them with options, or 'none'
+    head: str = 'cosine' # a name of `HEADS`, names of `TEXT_HEADS` joined by '+', or 'zero_shot'
+    text_modules: object = 'none' # as `modules`, for the text tower of a head without classifier
     loss: str = 'la' # a name of `LOSSES`
     mda: object = 'convex' # schedule of the minimalist crop; False: classic crop and flip
     epochs: int = 5
@@ -30,13 +31,18 @@ METHODS = {
     'lift+': Method('adaptformer'),
     'lift': Method('adaptformer', mda=False, epochs=10, lr=0.01),
     'lp': Method(),
+    'fft': Method('fft'),
+    'aft': Method('aft'),
+    'coop': Method(head='coop', mda=False, epochs=50, lr=0.002, batch_size=32),
+    'clip_adapter': Method(head='clip_adapter'),
+    'proj_tuning': Method(head='proj_tuning', lr=0.002),
     'zs': Method(head='zero_shot', epochs=0),
 }
 
-# %% ../nbs/12_recipes.ipynb #c7b8dadd
+# %% ../nbs/12_recipes.ipynb #8d7c7fe3
 DATA_SETTINGS = dict(digits_lt=dict(epochs=10, batch_size=32, expand=0))
 
-# %% ../nbs/12_recipes.ipynb #1eeff446
+# %% ../nbs/12_recipes.ipynb #709466d6
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what a run computes"
@@ -46,13 +52,19 @@ class Recipe:
     root: str|None = None # where a named data set lies or is downloaded to
     checkpoint: str|None = None # local file of the backbone's weights
     resolution: int|None = None # pixels, when not that of the backbone's weights
-    modules: str|None = None # as in `Method`
+    modules: object = None # as in `Method`
     layers: object = None # adapted blocks: none (all), the last k, or a list
-    dim: int|None = None # width of the modules; none: from the number of classes
+    dim: int|float|None = None # width of the modules, or aft's ratio; none: from the number of classes
     head: str|None = None # as in `Method`
+    text_modules: object = None # as in `Method`
+    text_layers: object = None # adapted blocks of the text tower
+    text_dim: int|float|None = None # width of its modules; none: 4, prompts 2
+    ctx: str|None = None # place of CoOp's words: end, middle, front, photo, or a prompt with X for them
+    ctx_len: int|None = None # number of CoOp's words; none: 4
+    adapter_dim: int|None = None # width of CLIP-Adapter; none: 4
     scale: float = 25. # of the cosine head
     init: str|None = None # a name of `INITS`; none: the backbone's
-    template: str = TEMPLATE # prompt of the class names
+    template: object = TEMPLATE # prompt of the class names, a list of them, or a file of them
     loss: str|None = None # as in `Method`
     tau: float = 1. # strength of the logit adjustment
     mda: object = None # as in `Method`
@@ -73,8 +85,8 @@ def option_names()->list:
     "The names of all settings"
     return [f.name for f in fields(Recipe)]
 
-# %% ../nbs/12_recipes.ipynb #3eda6ee1
-POSITIVE = ('resolution', 'dim', 'scale', 'lr', 'batch_size', 'accum_step')
+# %% ../nbs/12_recipes.ipynb #93dd8342
+POSITIVE = ('resolution', 'dim', 'text_dim', 'ctx_len', 'adapter_dim', 'scale', 'lr', 'batch_size', 'accum_step')
 NOT_NEGATIVE = ('epochs', 'num_workers', 'expand', 'tte_expand', 'weight_decay', 'momentum', 'tau')
 
 def checked(name:str, # of an option
@@ -91,7 +103,7 @@ def checked(name:str, # of an option
     if name in NOT_NEGATIVE and value < 0: raise LiftError(f'Option {name} must not be below 0, but is {value!r}')
     return value
 
-# %% ../nbs/12_recipes.ipynb #45c78139
+# %% ../nbs/12_recipes.ipynb #0bcf3f28
 def resolve(**options, # settings by name; what is missing or None is filled in
 )->Recipe:
     "The recipe with its method's and data's settings filled in; raises `LiftError` for an unknown setting"
@@ -102,7 +114,7 @@ def resolve(**options, # settings by name; what is missing or None is filled in
     if METHODS[given.method].epochs == 0: settings['epochs'] = 0
     return replace(given, **{k: v for k, v in settings.items() if getattr(given, k) is None})
 
-# %% ../nbs/12_recipes.ipynb #00fe145a
+# %% ../nbs/12_recipes.ipynb #cf75b413
 def run_name(**options, # as given to `resolve`
 )->str:
     "`data_backbone_method[_option_value…]`, safe as a folder name"
