@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'RUN_OPTIONS', 'NONE_IS_A_NAME', 'TEXTS', 'COMMANDS', 'parse_value', 'option_docs', 'read_pair',
-           'parse_pairs', 'parser', 'parse_args', 'main_job', 'single_run', 'bench_job', 'last_sentence', 'main']
+           'parse_pairs', 'parser', 'parse_args', 'main_job', 'single_run', 'bench_job', 'methods_job', 'last_sentence',
+           'command', 'main']
 
 # %% ../nbs/17_cli.ipynb #02e31794
 import warnings
@@ -12,14 +13,14 @@ import warnings
 # %% ../nbs/17_cli.ipynb #159532be
 warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # open_clip's import; nothing a user can change
 
-# %% ../nbs/17_cli.ipynb #1b65a419
+# %% ../nbs/17_cli.ipynb #09345590
 import argparse, ast, re, sys
 from dataclasses import fields
-from inspect import getsource
+from inspect import getsource, signature
 from pathlib import Path
 
-from .basics import LiftError, nearest
-from .data import DATASETS
+from .basics import LiftError, lookup, nearest
+from .benchmarks import DATASETS
 from .backbones import BACKBONES
 from .recipes import METHODS, Recipe, option_names
 import lift_nb.experiment as experiment
@@ -64,7 +65,7 @@ def parse_pairs(words, # key value key value …
     if len(words) % 2: raise LiftError(f"Option {keys[-1]!r} has no value")
     return {k: read_pair(k, v) for k, v in zip(keys, words[1::2])}
 
-# %% ../nbs/17_cli.ipynb #025ab48b
+# %% ../nbs/17_cli.ipynb #706f4078
 def parser()->argparse.ArgumentParser:
     "The three named arguments; everything after them is pairs"
     options = '\n'.join(f'  {k:14} {"" if d is None else d!s:18} {text}' for k, (d, text) in list(option_docs().items())[3:])
@@ -72,7 +73,8 @@ def parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser('lift_nb', formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='lift_nb [-d DATA] [-b BACKBONE] [-m METHOD] [key value]…',
         description='Long-tail learning with LIFT+. Without arguments: zero-shot, cross-entropy and LIFT+ on the embedded digits, side by side.\n'
-                    'lift_nb bench [backbone] measures a training step.', epilog=f'options (key, default, meaning):\n{options}\n{runs}')
+                    'lift_nb bench [step|modules|text] [backbone] measures this machine.\n'
+                    'lift_nb methods [seeds] compares all methods on the digits.', epilog=f'options (key, default, meaning):\n{options}\n{runs}')
     p.add_argument('-d', dest='data', metavar='DATA', help=f"{', '.join(DATASETS)}, or a folder of images")
     p.add_argument('-b', dest='backbone', metavar='BACKBONE', help=f"tiny_clip, {', '.join(BACKBONES)}, a timm or an open_clip name")
     p.add_argument('-m', dest='method', metavar='METHOD', help=', '.join(METHODS))
@@ -86,7 +88,7 @@ def parse_args(argv, # words of the command line
     named = {k: v for k, v in vars(known).items() if k != 'pairs' and v is not None}
     return {**named, **parse_pairs([*known.pairs, *rest])}
 
-# %% ../nbs/17_cli.ipynb #7ae16afc
+# %% ../nbs/17_cli.ipynb #8a3927d7
 def main_job():
     "Zero-shot, cross-entropy and LIFT+ side by side"
     results = experiment.compare(experiment.MAIN_JOB)
@@ -100,23 +102,36 @@ def single_run(options:dict): # of `run`
     r = experiment.run(output_dir=folder, **o)
     print(f"\n{experiment.table({r['recipe']['method']: r}).round(1).to_string(na_rep='–')}\n\neverything: {folder.resolve()}")
 
-def bench_job(backbone='clip_vit_b16'):
-    "Print the benchmark of a training step"
-    print(benchmarks.machine(), benchmarks.bench(backbone).round(3).T.to_string(header=False), sep='\n')
+def bench_job(what='step', # a name of `BENCHES`
+    backbone='clip_vit_b16', # a name of `BACKBONES`
+):
+    "Print a benchmark"
+    print(benchmarks.machine(), lookup(benchmarks.BENCHES, what, 'benchmark')(backbone).round(7).to_string(header=False), sep='\n')
 
-# %% ../nbs/17_cli.ipynb #059ee9e9
-COMMANDS = dict(bench=bench_job)
+# %% ../nbs/17_cli.ipynb #8c99d652
+def methods_job(seeds='3'):
+    "Compare all methods on the digits; the table is output/methods/methods.csv"
+    runs = experiment.compare_methods(parse_value(seeds))
+    print(f"\n{experiment.method_table(runs).to_string()}\n\nall runs: {Path('output/methods/methods.csv').resolve()}")
+
+COMMANDS = dict(bench=bench_job, methods=methods_job)
 
 def last_sentence(e:Exception)->str:
     "The message of a `LiftError`, also when a worker process raised it"
     return str(e).strip().splitlines()[-1].split('LiftError: ', 1)[-1]
+
+def command(name:str, *words):
+    "Run one of `COMMANDS`; raises `LiftError` for words that it does not take"
+    takes = list(signature(COMMANDS[name]).parameters)
+    if len(words) > len(takes): raise LiftError(f"'lift_nb {name}' takes {takes}, not {' '.join(words)!r}")
+    COMMANDS[name](*words)
 
 def main(argv=None, # words after the program's name; None: those of this process
 )->int: # exit code: 0, or 2 for a mistake in the words
     "The command line"
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if argv and argv[0] in COMMANDS: COMMANDS[argv[0]](*argv[1:])
+        if argv and argv[0] in COMMANDS: command(*argv)
         elif argv: single_run(parse_args(argv))
         else: main_job()
     except LiftError as e:

@@ -7,7 +7,7 @@ __all__ = ['LiftModel', 'lift_dataloaders', 'normalised', 'given_dataloaders', '
            'tuned_groups', 'make_head', 'take', 'make_loss', 'build_model', 'method_callbacks', 'build_learner',
            'method_row', 'class_names', 'lift_plus_learner']
 
-# %% ../nbs/13_learner.ipynb #c97d51bc
+# %% ../nbs/13_learner.ipynb #70c92ec5
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,8 @@ import fastai.vision.learner  # teaches show_results about images
 from fasttransform import Pipeline
 
 from .basics import LiftError, autocast, lookup
-from .data import LongTailData, class_counts, dataloaders, load_data, long_tail_subset
+from .data import LongTailData, class_counts, dataloaders, long_tail_subset
+from .benchmarks import load_data
 from .augment import CenterCrop, FiveCrops, MinimalistCrop, train_crop
 from .backbones import Backbone, choose_attention, create_backbone
 from .text import TEMPLATE

@@ -14,7 +14,7 @@ from typing import get_args
 from .basics import LiftError, lookup, nearest
 from .text import TEMPLATE
 
-# %% ../nbs/12_recipes.ipynb #002fa45b
+# %% ../nbs/12_recipes.ipynb #bff2e1ff
 @dataclass(frozen=True)
 class Method:
     "The settings that a method's name stands for"
@@ -33,6 +33,7 @@ METHODS = {
     'lp': Method(),
     'fft': Method('fft'),
     'aft': Method('aft'),
+    'text': Method(head='text', text_modules='adaptformer'),
     'coop': Method(head='coop', mda=False, epochs=50, lr=0.002, batch_size=32),
     'clip_adapter': Method(head='clip_adapter'),
     'proj_tuning': Method(head='proj_tuning', lr=0.002),

@@ -9,7 +9,8 @@ from lift_nb.adapters import auto_dim
 from lift_nb.augment import MDA_SCHEDULES, crop_box, min_scale
 from lift_nb.basics import LiftError
 from lift_nb.cli import main, parse_value
-from lift_nb.data import class_counts, long_tail_counts, long_tail_subset, shot_groups, split_classes
+from lift_nb.data import class_counts, long_tail_counts, long_tail_subset, shot_groups
+from lift_nb.folders import split_classes
 from lift_nb.heads import HEADS
 from lift_nb.losses import LogitAdjustment
 from lift_nb.metrics import score_preds
