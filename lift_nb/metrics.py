@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scores', 'scores', 'hits_by_class', 'score_preds', 'GroupAccuracy', 'group_metrics', 'plot_per_class']
 
-# %% ../nbs/10_metrics.ipynb #d0201647
+# %% ../nbs/10_metrics.ipynb #1be44d87
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from fastai.learner import Metric
 from .basics import LiftError
 from .data import group_colors, shot_groups
 
-# %% ../nbs/10_metrics.ipynb #863617bd
+# %% ../nbs/10_metrics.ipynb #bb2efe1a
 def _mean(xs): return float(np.mean(xs)) if len(xs) else None
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def scores(hits, # (C,) test images of each class that were recognised
     overall = float(100*hits.sum()/seen.sum()) if seen.sum() else None
     return Scores(overall, _mean(acc[tested]), **groups, per_class=tuple(float(a) if t else None for a, t in zip(acc, tested)))
 
-# %% ../nbs/10_metrics.ipynb #b70691be
+# %% ../nbs/10_metrics.ipynb #27cdad58
 def hits_by_class(preds:Tensor, # (N, C) logits or probabilities, or (N,) predicted classes
     targs:Tensor, # (N,) labels
     n_classes:int, # C
@@ -60,29 +60,34 @@ def score_preds(preds, # (N, C) logits or probabilities, or (N,) predicted class
     if len(preds) != len(targs): raise LiftError(f'{len(preds)} predictions but {len(targs)} labels')
     return scores(*hits_by_class(preds, targs, len(counts)), counts)
 
-# %% ../nbs/10_metrics.ipynb #dba25530
+# %% ../nbs/10_metrics.ipynb #b9d6d96e
 class GroupAccuracy(Metric):
     "One of the accuracies of `Scores`, in percent, as a fastai metric; '' when the group is empty"
     def __init__(self, field:str, # 'overall', 'mean_class', 'many', 'medium' or 'few'
         counts, # (C,) training images of each class
-    ): self.field, self.counts = field, counts
-    def reset(self): self.hits, self.seen = 0, 0
+        tally=None, # another `GroupAccuracy` that counts for this one too
+    ): self.field, self.counts, self.tally = field, counts, tally or self
+    def reset(self):
+        if self.tally is self: self.hits, self.seen = 0, 0
     def accumulate(self, learn):
+        if self.tally is not self: return
         hits, seen = hits_by_class(learn.pred, learn.y, len(self.counts))
         self.hits, self.seen = self.hits + hits, self.seen + seen
     @property
     def value(self):
-        if isinstance(self.seen, int): return ''
-        v = getattr(scores(self.hits.cpu(), self.seen.cpu(), self.counts), self.field)
+        t = self.tally
+        if isinstance(t.seen, int): return ''
+        v = getattr(scores(t.hits.cpu(), t.seen.cpu(), self.counts), self.field)
         return '' if v is None else v
     @property
     def name(self): return self.field
 
 def group_metrics(counts)->list: # five metrics
-    "Overall, mean class, many, medium and few, for a `Learner`"
-    return [GroupAccuracy(f, counts) for f in ('overall', 'mean_class', 'many', 'medium', 'few')]
+    "Overall, mean class, many, medium and few, for a `Learner`; the first counts for all"
+    first = GroupAccuracy('overall', counts)
+    return [first, *(GroupAccuracy(f, counts, first) for f in ('mean_class', 'many', 'medium', 'few'))]
 
-# %% ../nbs/10_metrics.ipynb #c2de367a
+# %% ../nbs/10_metrics.ipynb #475fb510
 def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent)
     counts, # (C,) training images of each class
     ax=None, # matplotlib axes; new ones when not given
@@ -96,5 +101,6 @@ def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent
         ax.plot(counts[order], acc[order], 'o-' if len(counts) <= 20 else 'o', ms=4, alpha=.75, label=f'{name} (mean {np.nanmean(acc):.1f})', color=f'C{i}')
     for at in (20, 100): ax.axvline(at, color='gray', lw=.7, ls=':')
     ax.set(xscale='log', xlabel='training images of the class', ylabel='accuracy, %', ylim=(-3, 103), title=title)
-    ax.invert_xaxis(); ax.legend(fontsize=8)
+    ax.invert_xaxis()
+    ax.legend(fontsize=8, **({} if len(counts) <= 20 else dict(loc='lower center', bbox_to_anchor=(.5, 1.02), ncols=2)))
     return ax
