@@ -72,17 +72,16 @@ class AdaptFormer(Adapter):
         self.scale = nn.Parameter(torch.tensor(1.))
     def forward(self, x): return F.linear(self.squeeze(x)*self.scale, self.up.weight, self.up.bias*self.scale)
 
-# %% ../nbs/05_adapters.ipynb #6aa55fa9
+# %% ../nbs/05_adapters.ipynb #ac6ba7f8
 class LowRank(nn.Module):
-    "`x A B / r`: (…, d) → (…, e); zero at the start"
+    "The two factors of `x A B / r`, with B zero at the start"
     def __init__(self, d:int, # input
         r:int, # rank
-        e:int|None=None, # output; None: as the input
+        e:int, # output
     ):
         super().__init__()
-        self.down, self.up = nn.Parameter(torch.empty(d, r)), nn.Parameter(torch.zeros(r, e or d))
+        self.down, self.up = nn.Parameter(torch.empty(d, r)), nn.Parameter(torch.zeros(r, e))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-    def forward(self, x): return F.linear(F.linear(x, self.down.T), self.up.T/self.down.shape[1])
 
 class LoRA(nn.Module):
     "Low-rank update of query and value beside the fused layer: (…, d) → (…, 3e); zero at the start"
@@ -91,10 +90,12 @@ class LoRA(nn.Module):
         e:int|None=None, # width of query, key and value; None: as the input
     ):
         super().__init__()
-        self.q, self.v, self.e = LowRank(d, r, e), LowRank(d, r, e), e or d
-    def forward(self, x):
-        q = self.q(x)
-        return torch.cat([q, torch.zeros_like(q), self.v(x)], -1)
+        self.q, self.v, self.r = LowRank(d, r, e or d), LowRank(d, r, e or d), r
+    def squeeze(self, x): return F.linear(x, torch.cat([self.q.down, self.v.down], 1).T)
+    def spread(self): # (3e, 2r)
+        none = torch.zeros_like(self.q.up)
+        return torch.cat([torch.cat([self.q.up, none, none], 1), torch.cat([none, none, self.v.up], 1)]).T/self.r
+    def forward(self, x): return F.linear(self.squeeze(x), self.spread())
 
 # %% ../nbs/05_adapters.ipynb #af19bc8a
 class SSF(nn.Module):
@@ -171,17 +172,14 @@ def _(m:MaskedLinear, x, s): return F.linear(x, m.weight()[s], None if m.main.bi
 @columns.register
 def _(m:Parallel, x, s): return columns(m.main, x, s) + columns(m.side, x, s)
 
-# %% ../nbs/05_adapters.ipynb #16cf2ca9
+# %% ../nbs/05_adapters.ipynb #b3c49f56
 @columns.register
 def _(m:Serial, x, s):
     if not isinstance(m.side, SSF): return m(x)[..., s]
     return torch.addcmul(m.side.shift[s], columns(m.main, x, s), m.side.scale[s])
 
 @columns.register
-def _(m:LoRA, x, s):
-    if s == slice(0, m.e): return m.q(x)
-    if s == slice(m.e, 3*m.e): return torch.cat([torch.zeros_like(v := m.v(x)), v], -1)
-    return m(x)[..., s]
+def _(m:LoRA, x, s): return F.linear(m.squeeze(x), m.spread()[s])
 
 # %% ../nbs/05_adapters.ipynb #e3c389bf
 def auto_dim(n_classes:int, # C

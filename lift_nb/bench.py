@@ -134,7 +134,7 @@ def bench(backbone:str='clip_vit_b16', # a name of `BACKBONES`
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     return pd.DataFrame([bench_step(backbone, bs, p, n, device) for p in precisions])
 
-# %% ../nbs/16_bench.ipynb #bb34455e
+# %% ../nbs/16_bench.ipynb #bfc4b85e
 def bench_modules(backbone:str='clip_vit_b16', # a name of `BACKBONES`
     bs:int=8, # images
     n:int=10, # pairs
@@ -158,7 +158,7 @@ def bench_last_block(backbone:str='clip_vit_b16', # a name of `BACKBONES`
     return {'step, class token / all tokens': ratio(step, whole_step, n)}
 
 def bench_memory(backbone:str='clip_vit_b16', # a name of `BACKBONES`
-    bs:int=2, # images
+    bs:int=8, # images
 )->pd.DataFrame: # precision × layout, MB per image
     "Activations that a LIFT+ step keeps: as timm computes the block, and as it is computed here"
     model, _, x = step_setup(backbone, bs, 'fp32')
@@ -178,7 +178,7 @@ def bench_parts(backbone:str='clip_vit_b16', # a name of `BACKBONES`
     memory = {f'{p}, saved activations, {c}': v for p, row in bench_memory(backbone).iterrows() for c, v in row.items()}
     return pd.Series({**rows, **bench_last_block(backbone), **memory}).to_frame()
 
-# %% ../nbs/16_bench.ipynb #cedde8e5
+# %% ../nbs/16_bench.ipynb #a84598fa
 def imagenet_names(n=1000):
     "The first n class names of ImageNet"
     info = timm.data.ImageNetInfo()
@@ -200,7 +200,7 @@ TEXT_SIZES = dict(clip_vit_b16=(512, 12), clip_vit_b32=(512, 12), clip_vit_l14=(
 def bench_text(backbone:str='clip_vit_b16', # a name of `TEXT_SIZES`, or (width, layers)
     n_names:int=1000, # prototypes
     n_coop:int=100, # classes of the CoOp step
-    n:int=3, # pairs
+    n:int=2, # pairs
 )->pd.DataFrame: # one column
     "All 77 positions over as many as the longest prompt needs: time, and the largest difference"
     width, layers = lookup(TEXT_SIZES, backbone, 'text tower')
