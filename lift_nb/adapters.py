@@ -154,7 +154,7 @@ class DropPrompts(Wrapper):
         x = self.main(x, **kwargs)
         return torch.cat([x[:, :1], x[:, 1+self.n:]], 1)
 
-# %% ../nbs/05_adapters.ipynb #3c6ee1ff
+# %% ../nbs/05_adapters.ipynb #03322502
 @singledispatch
 def columns(m:nn.Module, # (…, d) → (…, n)
     x:Tensor, # (…, d)
@@ -164,7 +164,9 @@ def columns(m:nn.Module, # (…, d) → (…, n)
     return m(x)[..., s]
 
 @columns.register
-def _(m:nn.Linear, x, s): return F.linear(x, m.weight[s], None if m.bias is None else m.bias[s])
+def _(m:nn.Linear, x, s):
+    if type(m) is not nn.Linear: return m(x)[..., s] # a class of one's own may do something else
+    return F.linear(x, m.weight[s], None if m.bias is None else m.bias[s])
 
 @columns.register
 def _(m:MaskedLinear, x, s): return F.linear(x, m.weight()[s], None if m.main.bias is None else m.bias()[s])

@@ -76,7 +76,7 @@ def original_names(model:LiftModel)->dict: # the original's name → tensor
     ends = {re.sub(f'^{re.escape(ours)}', theirs, n): p for n, p in model.head.named_parameters() for ours, theirs in HEAD_NAMES if n.startswith(ours)}
     return {**ends, **towers, **tower_names(model.head.tower, 'text_encoder')}
 
-# %% ../nbs/14_interop.ipynb #9ad3ea22
+# %% ../nbs/14_interop.ipynb #d3b19bbf
 def read_file(path)->dict: # not yet checked
     "A file of tensors; nothing in it is executed"
     if not os.path.isfile(path): raise LiftError(f"There is no checkpoint '{path}'")
@@ -111,7 +111,7 @@ def modules_in(state:dict, # the original's name → tensor
         hits = {int(m[1]): t for n, t in state.items() if (m := re.fullmatch(rf'{top}\.blocks\.(\d+)\.{sign}', n))}
         if hits: found[name] = dict(layers=sorted(hits), **({} if dim is None else dict(r=next(iter(hits.values())).shape[dim])))
     if 'aft' in found:
-        parts = [p for p in ('attn', 'mlp') if any(f'.{p}.aft.' in n for n in state)]
+        parts = [p for p in ('attn', 'mlp') if any(n.startswith(f'{top}.') and f'.{p}.aft.' in n for n in state)]
         found['aft'] |= dict(r=1e-9, loc=parts[0] if len(parts) == 1 else 'all')
     return found
 

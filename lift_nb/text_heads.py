@@ -6,7 +6,9 @@
 __all__ = ['CONTEXTS', 'TEXT_HEADS', 'ZeroShotHead', 'zero_shot_head', 'TextHead', 'context_prompt', 'context_places', 'coop',
            'clip_adapter', 'proj_tuning', 'is_text_head', 'text_head_for', 'create_text_head']
 
-# %% ../nbs/08_text_heads.ipynb #58f8174b
+# %% ../nbs/08_text_heads.ipynb #b891d79a
+import re
+
 import torch
 from torch import nn, Tensor
 from torch.nn.functional import normalize
@@ -41,7 +43,7 @@ def zero_shot_head(backbone:Backbone, # a CLIP
     tower = text_tower(backbone)
     return ZeroShotHead(text_features(tower, classes, template), backbone.image_proj, tower.logit_scale)
 
-# %% ../nbs/08_text_heads.ipynb #703b4b63
+# %% ../nbs/08_text_heads.ipynb #a392dc89
 class TextHead(nn.Module):
     "CLIP's classifier with parts that can be trained: image features (B, d) → logits (B, C)"
     def __init__(self, tower:TextTower, # frozen, perhaps with modules in its blocks
@@ -63,13 +65,19 @@ class TextHead(nn.Module):
         with autocast(self.tokens.device, self.precision): x = self.tower.encode(self.embeddings(), self.end)
         return x.float()
 
+    def train(self, mode=True):
+        self.kept_for = None # optimizers may write past autograd's version counters
+        return super().train(mode)
+
     def encoded(self):
         after = self.tower.proj, self.tower.logit_scale
         params = [p for p in (*self.tower.parameters(), self.ctx) if p is not None and all(p is not a for a in after)]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in params): return self.encode()
-        now = [(p.data_ptr(), p._version) for p in params]
+        if not params or torch.is_grad_enabled() and any(p.requires_grad for p in params): # none: a replica of DataParallel
+            self.kept_for = None
+            return self.encode()
+        now = [self.precision, *((t.data_ptr(), t._version) for t in (*params, self.tokens))]
         if now != self.kept_for:
-            with torch.no_grad(): self.kept, self.kept_for = self.encode(), now
+            with torch.inference_mode(False), torch.no_grad(): self.kept, self.kept_for = self.encode(), now
         return self.kept
 
     def text(self): return normalize(self.text_adapter(self.encoded() @ self.tower.proj), dim=-1)
@@ -78,7 +86,7 @@ class TextHead(nn.Module):
         x = self.image_adapter(x if self.image_proj is None else x @ self.image_proj)
         return self.tower.logit_scale.exp() * normalize(x, dim=-1) @ self.text().T
 
-# %% ../nbs/08_text_heads.ipynb #12681771
+# %% ../nbs/08_text_heads.ipynb #c9366304
 CONTEXTS = {
     'end': lambda n: 'X '*n + '{}.',
     'middle': lambda n: 'X '*(n//2) + '{}' + ' X'*(n - n//2) + '.',
@@ -96,6 +104,7 @@ def context_prompt(ctx:str, # a name of `CONTEXTS`, or a prompt with `X` for the
 def context_places(template:str, # with `X` for the learned words, or without
 ): # places: from the start of the sentence, negative ones from its end; True where they start at the word's embedding
     "Which tokens of a prompt are learned"
+    if re.search(r'\w\{\}|\{\}\w', template): raise LiftError(f'The class name must stand apart from the words of the prompt {template!r}')
     left, right = ([w == tokenizer().encode('x')[0] for w in tokenizer().encode(t)] for t in template.split('{}'))
     words = not any(left + right)
     places = [i for i, x in enumerate(left) if x or words] + [i-len(right) for i, x in enumerate(right) if x or words]
