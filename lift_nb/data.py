@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['digit_names', 'group_colors', 'class_counts', 'shot_groups', 'long_tail_counts', 'long_tail_subset', 'check_labels',
-           'LongTailData', 'unique_names', 'from_arrays', 'enlarge', 'digits_lt', 'open_image', 'Pick', 'datasets',
-           'default_workers', 'dataloaders', 'plot_counts']
+           'LongTailData', 'unique_names', 'from_arrays', 'enlarge', 'digits_lt', 'Pick', 'datasets', 'default_workers',
+           'dataloaders', 'plot_counts']
 
-# %% ../nbs/01_data.ipynb #cbb58e67
+# %% ../nbs/01_data.ipynb #c1fe84fb
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import matplotlib.pyplot as plt
@@ -18,11 +17,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
-from fastai.vision.core import PILImage
 import fastai.vision.augment  # teaches fastai's transforms about images
 from fasttransform import Transform
 
 from .basics import LiftError
+from .images import open_image
 
 # %% ../nbs/01_data.ipynb #e55bb0bc
 def class_counts(labels, # (N,) integer labels
@@ -75,7 +74,7 @@ def check_labels(labels, # (N,) labels
     bad = labels[(labels < 0) | (labels >= n_classes)]
     if len(bad): raise LiftError(f'{len(bad)} {where} labels lie outside 0 … {n_classes-1}; the first is {bad[0]}')
 
-# %% ../nbs/01_data.ipynb #e80d3a8a
+# %% ../nbs/01_data.ipynb #139d31f7
 @dataclass(frozen=True, eq=False)
 class LongTailData:
     "Training and test images with labels, and the names of the classes in label order"
@@ -85,6 +84,7 @@ class LongTailData:
     train_labels: np.ndarray # (N,) integers in 0 … C-1
     test_images: object # the same for the test set
     test_labels: np.ndarray # (M,)
+    notes: tuple = () # sentences about what was found or left out when the images were read
     def __post_init__(self):
         object.__setattr__(self, 'classes', tuple(map(str, self.classes)))
         check_labels(self.train_labels, self.n_classes, 'training', self.train_images)
@@ -99,8 +99,8 @@ class LongTailData:
     def vocab(self): return unique_names(self.classes)
     def __repr__(self):
         groups = ', '.join(f'{m.sum()} {g}' for g, m in shot_groups(self.counts).items())
-        return (f'{self.name}: {self.n_classes} classes ({groups}), {len(self.train_labels):,} training images '
-                f'({self.counts.max()} … {self.counts.min()} a class), {len(self.test_labels):,} test images')
+        return '\n'.join([f'{self.name}: {self.n_classes} classes ({groups}), {len(self.train_labels):,} training images '
+            f'({self.counts.max()} … {self.counts.min()} a class), {len(self.test_labels):,} test images', *(f'- {n}' for n in self.notes)])
 
 # %% ../nbs/01_data.ipynb #66527769
 def unique_names(names, # C names, some of which may occur twice
@@ -112,10 +112,10 @@ def unique_names(names, # C names, some of which may occur twice
         out.append(n if seen[n] == 1 else f'{n} ({seen[n]})')
     return out
 
-# %% ../nbs/01_data.ipynb #687d8505
-def from_arrays(train_images, # (N, H, W[, 3]) uint8, or a list of paths or PIL images
+# %% ../nbs/01_data.ipynb #1baf2c83
+def from_arrays(train_images, # (N, H, W[, 3]) uint8 or uint16, or a list of paths or PIL images
     train_labels, # (N,) integers
-    test_images, # (M, H, W[, 3]) uint8, or a list of paths or PIL images
+    test_images, # (M, H, W[, 3]) uint8 or uint16, or a list of paths or PIL images
     test_labels, # (M,) integers
     classes, # C class names
     name:str='arrays', # for reports and folders
@@ -147,18 +147,7 @@ def digits_lt(root=None, # not used: the digits are part of scikit-learn
     train = rest[long_tail_subset(d.target[rest], long_tail_counts(n_max, 10, factor), seed)]
     return LongTailData('digits_lt', digit_names, images[train], d.target[train], images[test], d.target[test])
 
-# %% ../nbs/01_data.ipynb #ff0d5d57
-def open_image(x, # path, array (H, W[, 3]) or PIL image
-)->PILImage: # RGB
-    "Open one image; raises `LiftError` with the file's name when it cannot be read"
-    try: im = Image.open(x) if isinstance(x, (str, Path)) else x if isinstance(x, Image.Image) else Image.fromarray(np.asarray(x))
-    except (OSError, SyntaxError, ValueError, TypeError) as e: raise LiftError(f"Cannot read the image '{_label(x)}': {e}") from None
-    try: return PILImage(im.convert('RGB'))
-    except (OSError, SyntaxError, ValueError) as e: raise LiftError(f"Cannot read the image '{_label(x)}': {e}") from None
-
-def _label(x): return x if isinstance(x, (str, Path)) else f'{type(x).__name__} of shape {np.shape(x)}'
-
-# %% ../nbs/01_data.ipynb #98a10d7d
+# %% ../nbs/01_data.ipynb #c8af8ba3
 class Pick(Transform):
     "Position → what lies there in two sequences laid end to end; anything that is not a position is returned as it is"
     input_types = object
@@ -176,14 +165,14 @@ def datasets(data:LongTailData, # what to load
     tfms = [[Pick(data.train_images, data.test_images), open_image], [names, Categorize(vocab=vocab, sort=False)]]
     return Datasets(range(n+m), tfms, splits=[list(range(n)), list(range(n, n+m))])
 
-# %% ../nbs/01_data.ipynb #9d22ad30
+# %% ../nbs/01_data.ipynb #804fd701
 def default_workers(data:LongTailData, # what to load
 )->int:
     "Worker processes: none for images in memory or on a small machine, up to 8 for files"
     cores = os.cpu_count() or 1
     return 0 if isinstance(data.train_images, np.ndarray) or cores <= 2 else min(8, cores)
 
-# %% ../nbs/01_data.ipynb #450ef97a
+# %% ../nbs/01_data.ipynb #3326d84b
 def dataloaders(data:LongTailData, # what to load
     item_tfms, # transforms of single images: training crop (`split_idx=0`), test crop (`split_idx=1`)
     mean, # (3,) of the backbone
@@ -197,7 +186,7 @@ def dataloaders(data:LongTailData, # what to load
     return datasets(data).dataloaders(bs=bs, after_item=[*item_tfms, ToTensor()], drop_last=False, num_workers=workers,
         after_batch=[IntToFloatTensor(), Normalize.from_stats(mean, std)], persistent_workers=workers > 0, **kwargs)
 
-# %% ../nbs/01_data.ipynb #2886336c
+# %% ../nbs/01_data.ipynb #b7e7a178
 group_colors = dict(many='tab:blue', medium='tab:green', few='tab:red')
 
 def plot_counts(data:LongTailData, # what to draw

@@ -89,7 +89,7 @@ def train_labels(dls:DataLoaders)->np.ndarray: # (N,)
     "Labels of the training set; no image is opened"
     return np.array([int(y) for y in dls.train_ds.tls[-1]])
 
-# %% ../nbs/13_learner.ipynb #275348a7
+# %% ../nbs/13_learner.ipynb #141eae00
 class AsTest:
     "Some items of a data set, to be transformed like test images"
     split_idx = 1
@@ -101,9 +101,11 @@ def plain_train_batches(dls:DataLoaders, # training and test set
     labels, # (N,) of the training set
     n_max:int=100, # images of each class
 ): # DataLoader of (images, labels)
-    "Up to `n_max` training images of each class through the test transform"
+    "Up to `n_max` training images of each class: resized to the resolution, centre crop, no margin"
     idxs = long_tail_subset(labels, np.minimum(class_counts(labels, dls.c), n_max))
-    return dls.valid.new(AsTest(dls.train_ds, idxs))
+    crops = [t for t in getattr(dls.valid.after_item, 'fs', []) if type(t) is CenterCrop]
+    plain = dict(after_item=Pipeline([CenterCrop(crops[0].size, 0), ToTensor()])) if crops else {}
+    return dls.valid.new(AsTest(dls.train_ds, idxs), **plain)
 
 # %% ../nbs/13_learner.ipynb #fe0c4756
 def tuned_groups(model:nn.Module)->list: # [of the backbone, of the head]
@@ -206,7 +208,7 @@ def class_names(data, # `LongTailData` or None
     if len(classes) != dls.c: raise LiftError(f'{len(classes)} class names were given for {dls.c} classes')
     return classes
 
-# %% ../nbs/13_learner.ipynb #71315498
+# %% ../nbs/13_learner.ipynb #a1198b87
 @delegates(build_learner)
 @delegates(build_model, keep=True)
 @delegates(lift_dataloaders, keep=True)
@@ -225,11 +227,14 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     accum_step:int=1, # pieces into which a batch is cut
     classes=None, # C class names for the prompts; None: those of the data
     root=None, # where a named data set lies or is downloaded to
+    mean=None, # (3,) of the images; None: the backbone's
+    std=None, # (3,) of the images; None: the backbone's
     **kwargs, # for the backbone, the DataLoaders, the model or the `Learner`: see above
 )->Learner:
     "A fastai `Learner` that trains LIFT+ (or another method) on long-tailed data"
     m = method_row(method, modules=modules, text_modules=text_modules, head=head, loss=loss, mda=mda, epochs=epochs, lr=lr, batch_size=batch_size)
     b, options = create_backbone(backbone, **take(kwargs, create_backbone)), take(kwargs, lift_dataloaders)
+    b = replace(b, **{k: tuple(v) for k, v in dict(mean=mean, std=std).items() if v is not None})
     if isinstance(dls, DataLoaders): data, dls = None, given_dataloaders(dls, b, dict(options, mda=mda, batch_size=batch_size, root=root))
     else: data = load_data(dls, root); dls = lift_dataloaders(data, b, m, accum_step, **options)
     labels = data.train_labels if data else train_labels(dls)
