@@ -220,7 +220,7 @@ def cifar100_lt(train_images, train_labels, test_images, test_labels, classes, #
     name = 'cifar100' + (f'_ir{ratio}' if ratio > 1 else '')
     return from_arrays(train_images[keep], np.asarray(train_labels)[keep], test_images, test_labels, classes, name)
 
-# %% ../nbs/01b_benchmarks.ipynb #5cf73f6c
+# %% ../nbs/01b_benchmarks.ipynb #8ef13e87
 DATASETS = dict(digits_lt=digits_lt, cifar100=cifar100, cifar100_ir10=partial(cifar100, ratio=10),
     cifar100_ir50=partial(cifar100, ratio=50), cifar100_ir100=partial(cifar100, ratio=100),
     **{name: partial(benchmark, name) for name in BENCHMARKS})
@@ -230,7 +230,9 @@ def load_data(data, # a name of `DATASETS`, a folder, a table (file or `DataFram
     **options, # of the data set, as `lists`, `split` and `sample` of `benchmark`
 )->LongTailData:
     "The data set that a word, a path or an object stands for"
-    if isinstance(data, LongTailData): return data
+    if isinstance(data, LongTailData):
+        if options: raise LiftError(f'{sorted(options)} belong to data that is still to be read, not to a ready data set')
+        return data
     if isinstance(data, pd.DataFrame): return from_table(data, root=root, **options)
     if str(data) not in DATASETS and os.path.exists(path := Path(data).expanduser()):
         return from_path(path, **options, **({} if path.is_dir() or root is None else dict(root=root)))

@@ -87,9 +87,9 @@ def plan(settings:dict, # of `Recipe` and `run`
     lines = [f'{name:{wide[0]}}  {value:{wide[1]}}  {source}' for name, value, source in rows]
     return '\n'.join([*lines, '', *[f'note: {n}' for n in notes], f'folder: {folder_of(settings)}', 'nothing was started'])
 
-# %% ../nbs/17_cli.ipynb #12b0b88b
+# %% ../nbs/17_cli.ipynb #4d728c54
 GROUPS = {
-    'Data': 'root template num_workers',
+    'Data': 'root lists split test_pct skip_corrupt template num_workers',
     'Backbone': 'checkpoint resolution mean std',
     'Modules and head': 'modules layers dim head scale init',
     'Without a classifier': 'text_modules text_layers text_dim ctx ctx_len adapter_dim',

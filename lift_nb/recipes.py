@@ -75,7 +75,7 @@ def backbone_row(name:str, # of `BACKBONES`
 
 BACKBONE_SETTINGS = {'tiny_clip': dict(resolution=32, **FAMILIES['clip']), **{n: backbone_row(n) for n in BACKBONES}}
 
-# %% ../nbs/12_recipes.ipynb #720ed87d
+# %% ../nbs/12_recipes.ipynb #561d4736
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what a run computes"
@@ -83,6 +83,10 @@ class Recipe:
     backbone: str = 'tiny_clip' # a name of `BACKBONES`, timm or open_clip
     method: str = 'lift+' # a name of `METHODS`
     root: str|None = None # where a named data set lies or is downloaded to
+    lists: str|None = None # folder of a benchmark's split lists; none: fetched and kept
+    split: str|None = None # which list a benchmark is tested on; none: the usual one
+    test_pct: float|None = None # part of a folder that becomes the test set; none: 0.2, or its own test folder
+    skip_corrupt: bool = False # leave out images that cannot be read?
     checkpoint: str|None = None # local file of the backbone's weights
     resolution: int|None = None # pixels of the images; none: the backbone's
     mean: tuple|None = None # (3,) of the images in [0, 1]; none: the backbone's
