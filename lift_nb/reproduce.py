@@ -172,7 +172,7 @@ def render(tidy:pd.DataFrame, # of `carry_out_all`
     for n in have:
         v, r = done[done.name == n].overall, RECORD[n]
         out.loc[n, ['record', 'spread', 'source']] = [r['overall'], verdict(v.mean(), 0. if len(v) < 2 else v.std(), r), r['source']]
-    return out.fillna('–') if have else out
+    return out.astype(object).where(out.notna(), '–')
 
 def protocol(tidy:pd.DataFrame)->str:
     "What the numbers rest on, in one paragraph"
