@@ -25,7 +25,7 @@ from .basics import LiftError, nearest
 from .images import look_at_all
 from .data import LongTailData, long_tail_counts, long_tail_subset
 
-# %% ../nbs/01a_folders.ipynb #8b114eed
+# %% ../nbs/01a_folders.ipynb #ae4017a0
 def clean_name(name)->str:
     "One Unicode form (NFC), single blanks between words, none around them"
     return ' '.join(normalize('NFC', str(name)).split())
@@ -48,7 +48,7 @@ def note(what:str, # is odd
     "A sentence about what is odd, if anything is"
     return [f'{what} ({len(which)}): {some(which)}'] if len(which) else []
 
-# %% ../nbs/01a_folders.ipynb #6c567e45
+# %% ../nbs/01a_folders.ipynb #958aca7b
 def delimiter(text:str)->str:
     "Comma, semicolon or tab: whichever the first line has most of"
     return max(',;\t', key=text.split('\n', 1)[0].count)
@@ -73,7 +73,7 @@ def read_classes(file, # .txt, .json or .csv
     try: return json.loads(text)
     except json.JSONDecodeError as e: raise LiftError(f"The class names '{file}' are not JSON: {e}") from None
 
-# %% ../nbs/01a_folders.ipynb #4266eb0d
+# %% ../nbs/01a_folders.ipynb #d7dd22c3
 def name_list(found, # (C) names of the folders, in order
     names, # list of class names
 )->dict: # found → name, in label order
@@ -97,7 +97,7 @@ def name_classes(found, # names of the folders, or labels of a table
     if missing: raise LiftError(f'The class names lack {len(missing)} of {len(found)} classes: {some(missing)}')
     return {f: names[f] for f in found}
 
-# %% ../nbs/01a_folders.ipynb #c0b6b438
+# %% ../nbs/01a_folders.ipynb #18e7de19
 def shorter(path, # of a file
     root, # folder above it, perhaps
 )->str:
@@ -116,7 +116,7 @@ def check_images(files, # paths
         'repair or remove them, or leave them out with skip_corrupt=True')
     return {f: l for f, l in looks.items() if not l.error}, note('Images that cannot be read, left out', bad)
 
-# %% ../nbs/01a_folders.ipynb #77c94129
+# %% ../nbs/01a_folders.ipynb #5e3e46f7
 def split_classes(found:dict, # class → paths
     test_pct:float, # part that goes to the test set
     seed:int, # of the drawing
@@ -140,7 +140,7 @@ def trained_classes(train:dict, # class → paths
     if len(classes) < 2: raise LiftError(f'At least two classes with images are needed, not {classes}; is there a folder for each?')
     return classes
 
-# %% ../nbs/01a_folders.ipynb #0051596a
+# %% ../nbs/01a_folders.ipynb #fbda1ed5
 def leaks(train:dict, # class → paths
     test:dict, # class → paths
     looks:dict, # path → `Look`
@@ -172,7 +172,7 @@ def oddities(train:dict, # class → paths
         *note('Classes without a test image, hence without a score', [n for c, n in names.items() if not test.get(c)]),
         *note('Test images that are also training images', twice)]
 
-# %% ../nbs/01a_folders.ipynb #16bde42b
+# %% ../nbs/01a_folders.ipynb #e8e6739f
 def flat(found:dict, # class → paths
     classes, # their order
 ): # N paths, (N,) labels
@@ -202,7 +202,7 @@ def assemble(train:dict, # class → paths of its training images
     data = LongTailData(name, tuple(names.values()), *flat(train, names), *flat(test, names))
     return replace(data, notes=(*notes, *unread, *copies, *oddities(train, test, names, looks, root)))
 
-# %% ../nbs/01a_folders.ipynb #cc2f2d34
+# %% ../nbs/01a_folders.ipynb #f15c00c4
 image_suffixes = set('''.jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .tif .tiff .webp .avif .jp2 .j2k
     .ppm .pgm .pbm .pnm .tga .ico .qoi'''.split())
 
@@ -230,7 +230,7 @@ def image_files(folder): # images, other files
             (images if f.suffix.lower() in image_suffixes else others).append(f)
     return sorted(images), sorted(others)
 
-# %% ../nbs/01a_folders.ipynb #3012f3f3
+# %% ../nbs/01a_folders.ipynb #2bf29e45
 def class_folders(path:Path, # folder that holds one folder per class
 ): # class → sorted paths of its images, list of notes
     "The images below each class folder; raises `LiftError` when there are none"
@@ -247,7 +247,7 @@ def class_folders(path:Path, # folder that holds one folder per class
         *note('Files of no known image format, left out', [f.name for f in others]),
         *note('Classes in folders whose names differ only in blanks or Unicode form', merged)]
 
-# %% ../nbs/01a_folders.ipynb #aedd9986
+# %% ../nbs/01a_folders.ipynb #9dd68d6c
 TRAIN, TEST = ('train', 'training'), ('test', 'testing', 'valid', 'val', 'validation')
 
 def split_folders(path:Path, # of the user
@@ -260,7 +260,7 @@ def split_folders(path:Path, # of the user
     if train is None or test is None and set(dirs) - set(TRAIN + TEST): return path, None, []
     return train, test, note('Folders that were not used', sorted(d.name for d in dirs.values() if d not in (train, test)))
 
-# %% ../nbs/01a_folders.ipynb #65415a0f
+# %% ../nbs/01a_folders.ipynb #b0fd53ef
 @delegates(assemble, but=['notes'])
 def from_folder(path, # `train/` and `test/` with class folders, or the class folders themselves
     name:str|None=None, # for reports; the folder's name when not given
@@ -274,7 +274,7 @@ def from_folder(path, # `train/` and `test/` with class folders, or the class fo
     test, rest = class_folders(test_dir) if test_dir else (None, [])
     return assemble(train, test, name or path.resolve().name, path, [*notes, *more, *rest], **kwargs)
 
-# %% ../nbs/01a_folders.ipynb #9b5087cc
+# %% ../nbs/01a_folders.ipynb #f3c642ad
 COLUMNS = dict(path='path file filename file_name filepath file_path image image_path image_name img img_path fname'.split(),
     label='label labels class class_name category target species y'.split(),
     split='split set subset partition phase is_valid is_test'.split())
@@ -302,7 +302,7 @@ def column(table:pd.DataFrame, # with rows
     what = f'There is no column {given!r}' if given is not None else f'No column is called {some(COLUMNS[kind], 3)}'
     raise LiftError(f'{what}; name one of {some(map(repr, table.columns), 20)} with {kind}_col')
 
-# %% ../nbs/01a_folders.ipynb #96e52caa
+# %% ../nbs/01a_folders.ipynb #88b5f148
 def as_text(v)->str:
     "A cell as text: '' for nothing, '3' for 3.0"
     if isinstance(v, str): return v
@@ -330,7 +330,7 @@ def find_file(root, # folder where relative paths start
     for form in (path, normalize('NFC', path), normalize('NFD', path)):
         if os.path.exists(f := os.path.join(root, form)): return Path(f)
 
-# %% ../nbs/01a_folders.ipynb #234acd3b
+# %% ../nbs/01a_folders.ipynb #3b27681c
 def side(word:str, # what a table says of a row
     column, # its column's name
 )->str: # a word of `TRAIN` or `TEST`, or ''
@@ -357,7 +357,7 @@ def table_parts(rows:pd.DataFrame, # label, file and perhaps split
     notes = note('Words of the split that were not used', sorted(here - {*TRAIN, test}))
     return by_label(rows[sides.isin(TRAIN)]), by_label(rows[sides == test]) if test else None, notes
 
-# %% ../nbs/01a_folders.ipynb #67f6171a
+# %% ../nbs/01a_folders.ipynb #ad807cb1
 @delegates(assemble, but=['notes'])
 def from_table(table, # path of a .csv or .tsv file, or a `DataFrame`
     root=None, # folder where relative paths start; None: the table's
@@ -382,7 +382,7 @@ def from_table(table, # path of a .csv or .tsv file, or a `DataFrame`
     train, test, more = table_parts(rows, cols['split'])
     return assemble(train, test, name or (file.stem if file else 'table'), root, [*notes, *more], **kwargs)
 
-# %% ../nbs/01a_folders.ipynb #5fe54f21
+# %% ../nbs/01a_folders.ipynb #b3f22648
 def from_path(path, # folder of images, or a .csv or .tsv file
     **kwargs, # see `from_folder` and `from_table`
 )->LongTailData:
@@ -393,7 +393,7 @@ def from_path(path, # folder of images, or a .csv or .tsv file
     if path.exists(): raise LiftError(f"'{path}' is neither a folder of images nor a table (.csv, .tsv)")
     raise LiftError(f"There is no folder or table '{path}'")
 
-# %% ../nbs/01a_folders.ipynb #52cec878
+# %% ../nbs/01a_folders.ipynb #a590cc63
 def pick(images, # array or list
     idxs, # positions
 ):

@@ -238,7 +238,7 @@ def prepared(tower:nn.Module, # image or text tower
     elif r is None: r = op.size(n_classes, len(chosen), bs[chosen[0]], **options)
     return op.attach, chosen, (checked_size(name, r),), options
 
-# %% ../nbs/06_surgery.ipynb #ef129e3e
+# %% ../nbs/06_surgery.ipynb #0f263f88
 def adapt(tower:nn.Module, # image or text tower; changed in place
     method, # names of `ADAPTERS` joined by '+', a function (block, r), or a dict of these with their options
     n_classes:int, # C: chooses sizes that are not given
@@ -257,8 +257,9 @@ def adapt(tower:nn.Module, # image or text tower; changed in place
     tower.requires_grad_(False)
     old, like = {id(p) for p in tower.parameters()}, next(tower.parameters())
     for attach, chosen, size, options in plan: attach(tower, chosen, *size, **options)
-    for p in tower.parameters():
-        if id(p) not in old: p.data = p.data.to(like)
+    for m in tower.modules():
+        for n, p in list(m.named_parameters(recurse=False)):
+            if id(p) not in old: setattr(m, n, nn.Parameter(p.detach().to(like)))
     tower.adapted = '+'.join(names)
     return [n for n, p in tower.named_parameters() if p.requires_grad]
 
