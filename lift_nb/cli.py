@@ -171,11 +171,10 @@ def bench_job(what='step', # a name of `BENCHES`
     "Print a benchmark"
     print(benchmarks.machine(), lookup(benchmarks.BENCHES, what, 'benchmark')(backbone).round(7).to_string(header=False), sep='\n')
 
-# %% ../nbs/17_cli.ipynb #5f1d7a07
+# %% ../nbs/17_cli.ipynb #bfe084d8
 def methods_job(seeds='3'):
     "Compare all methods on the digits; the table is output/methods/methods.csv"
-    runs = experiment.compare_methods(parse_value(seeds))
-    print(f"\n{experiment.method_table(runs).to_string()}\n\nall runs: {Path('output/methods/methods.csv').resolve()}")
+    carry_out(tables.family('methods', parse_value(seeds)), False, 'output/methods', 'methods')
 
 # %% ../nbs/17_cli.ipynb #f17fe196
 def split_words(words, # of the command line
