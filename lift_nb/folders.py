@@ -202,9 +202,9 @@ def assemble(train:dict, # class → paths of its training images
     data = LongTailData(name, tuple(names.values()), *flat(train, names), *flat(test, names))
     return replace(data, notes=(*notes, *unread, *copies, *oddities(train, test, names, looks, root)))
 
-# %% ../nbs/01a_folders.ipynb #f15c00c4
+# %% ../nbs/01a_folders.ipynb #c6fe3f57
 image_suffixes = set('''.jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .tif .tiff .webp .avif .jp2 .j2k
-    .ppm .pgm .pbm .pnm .tga .ico .qoi'''.split())
+    .ppm .pgm .pbm .pnm .tga .ico .qoi .heic .heif'''.split())
 
 def hidden(name:str)->bool:
     "A file or folder that no person put there?"

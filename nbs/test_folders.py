@@ -161,6 +161,42 @@ def test_refused_by_the_shell(odd, tmp_path):
     done = lift_nb('-d', odd, 'epochs', 1, cwd=tmp_path)
     assert done.returncode == 2 and '4 of 59 images cannot be read' in done.stderr and 'Traceback' not in done.stderr
 
+def learn_from_what_can_be_read(odd, learn):
+    "What a training on the odd folder must have seen"
+    assert dict(zip(NAMES, learn.data.counts)) == {'10': 4, '9': 4, 'all kinds': 14, NFC_CAFE: 4, 'grey cat': 6, 'lonely emu': 1, 'never tested': 5, 'кот': 2}
+    assert not {'cut.jpg', 'zero.png', 'half.png', 'text.jpg'} & {Path(f).name for f in (*learn.data.train_images, *learn.data.test_images)}
+
+SAID = ('lonely emu', 'never tested', 'leak.png', 'loose.png', 'Thumbs.db', 'empty class', 'Images that cannot be read, left out (4)', 'cut.jpg', 'zero.png', 'half.png', 'text.jpg')
+
+def test_corrupt_files_left_out_through_python(odd):
+    learn = lift_plus_learner(odd, backbone='tiny_clip', epochs=1, batch_size=8, skip_corrupt=True)
+    learn_from_what_can_be_read(odd, learn)
+    with learn.no_bar(), learn.no_logging(): learn.fit_lift()
+    with learn.no_bar(): scores = learn.scores()
+    assert [a is None for a in scores.per_class] == [n == 'never tested' for n in NAMES] and all(part in str(learn.data) for part in SAID)
+
+def test_corrupt_files_left_out_through_the_shell(odd, tmp_path):
+    done = lift_nb('-d', odd, 'skip_corrupt', True, 'epochs', 1, 'batch_size', 8, 'output_dir', tmp_path/'out', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log, result = (tmp_path/'out/log.txt').read_text(encoding='utf-8'), json.loads((tmp_path/'out/result.json').read_text(encoding='utf-8'))
+    assert all(part in log for part in SAID), [part for part in SAID if part not in log]
+    assert result['recipe']['skip_corrupt'] is True and result['classes'] == list(NAMES) and result['class_counts'] == [4, 4, 14, 4, 6, 1, 5, 2]
+    kept = pd.read_csv(tmp_path/'out/predictions.csv', dtype=dict(image=str))
+    assert len(kept) == 15 and set(kept.label) == {0, 1, 2, 3, 4, 5, 7} and 'all kinds/leak.png' in set(kept.image)
+
+def test_reported_by_the_shell(odd, tmp_path):
+    done = lift_nb('data', odd, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in (*(s for s in SAID if 'left out' not in s), 'cannot be read (4)', 'CMYK 1', 'I;16 2', 'RGBA 1', 'copy.bmp', 'кот', 'imbalance 14.0'): assert part in done.stdout, part
+    assert len(list((tmp_path/'output').glob('*.png'))) == 1
+
+def test_heic(tmp_path):
+    "Photographs of a phone are images that Pillow cannot read by itself: they are named, with what to do"
+    for i, c in enumerate('aabb'): save(noise(i), tmp_path/c/f'{i}.png')
+    (tmp_path/'a/IMG 1.HEIC').write_bytes(b'\0\0\0\x18ftypheic' + bytes(40))
+    fails(lambda: from_folder(tmp_path), "1 of 5 images cannot be read: 'a/IMG 1.HEIC'", 'pillow_heif.register_heif_opener()', 'skip_corrupt=True')
+    assert 'IMG 1.HEIC' in from_folder(tmp_path, skip_corrupt=True).notes[0] and 'pillow-heif' in str(inspect(tmp_path))
+
 def test_data_job(odd, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data_job(str(odd), 'tiny', '5')
