@@ -7,8 +7,8 @@ __all__ = ['SLOTS', 'FEATURE_SLOT', 'BACKBONES', 'VIT_NDIMS', 'RN_NDIMS', 'CLIP_
            'Backbone', 'of_class', 'slot', 'blocks', 'choose_attention', 'LeanQuickGELU', 'lean_activations', 'Row',
            'read_weights', 'n_heads', 'depth_of', 'grid_of', 'reading', 'clip_vit_from', 'clip_bottleneck', 'rn_config',
            'resize_pool', 'clip_rn_from', 'take_projection', 'clip_backbone', 'tiny_clip', 'answers', 'hub',
-           'unreachable', 'timm_model', 'timm_backbone', 'open_clip_backbone', 'wrap_model', 'is_file', 'check_options',
-           'create_backbone']
+           'unreachable', 'timm_model', 'timm_backbone', 'open_clip_backbone', 'wrap_model', 'is_file',
+           'check_backbone', 'check_options', 'create_backbone']
 
 # %% ../nbs/03_backbones.ipynb #e9ec54e9
 import logging, math, os, re, socket
@@ -377,7 +377,7 @@ def open_clip_backbone(name:str, # 'model/tag'
         act='quick_gelu' if cfg.get('quick_gelu') else 'gelu', mean=tuple(norm.mean), std=tuple(norm.std),
         text_heads=model.transformer.resblocks[0].attn.num_heads)
 
-# %% ../nbs/03_backbones.ipynb #8020f49b
+# %% ../nbs/03_backbones.ipynb #8ed31cc2
 def wrap_model(model:nn.Module, # timm model; its classifier is removed
 )->Backbone:
     "A backbone from a ready timm model"
@@ -389,6 +389,12 @@ def is_file(name, # what `create_backbone` was given
 )->bool:
     "Is it a path, or the path of a file that is there? Names of the table are not looked for among files"
     return isinstance(name, os.PathLike) or isinstance(name, str) and name not in (*BACKBONES, 'tiny_clip') and os.path.isfile(name)
+
+def check_backbone(name:str):
+    "Raise `LiftError` unless it is a name of `BACKBONES`, of timm or open_clip, or a file"
+    ours, arch = [*BACKBONES, 'tiny_clip'], name.partition('/')[0]
+    if name in ours or is_file(name) or timm.is_model(name.split('.')[0]) or arch in open_clip.list_models(): return
+    raise LiftError(f'Unknown backbone {name!r:.80}; choose from {nearest(name, ours)}, a timm or an open_clip name, or give the file of a CLIP')
 
 def check_options(name, # what `create_backbone` was given
     checkpoint, pretrained, resolution, # as there
@@ -411,6 +417,7 @@ def create_backbone(name, # a name of `BACKBONES`, timm or open_clip, a CLIP's s
     "The image tower that a name stands for"
     options = (checkpoint, pretrained, resolution)
     check_options(name, *options)
+    if isinstance(name, str): check_backbone(name)
     if isinstance(name, Backbone): b = name
     elif isinstance(name, nn.Module): b = wrap_model(name)
     elif isinstance(name, dict): b = clip_backbone(name, resolution=resolution)
@@ -418,9 +425,7 @@ def create_backbone(name, # a name of `BACKBONES`, timm or open_clip, a CLIP's s
     elif name == 'tiny_clip': b = tiny_clip(*options)
     elif name in BACKBONES: b = timm_backbone(name, BACKBONES[name], *options)
     elif timm.is_model(name.split('.')[0]): b = timm_backbone(name, Row(name), *options)
-    elif name.partition('/')[0] in open_clip.list_models(): b = open_clip_backbone(name, *options)
-    else: raise LiftError(f"Unknown backbone {name!r}; choose from {nearest(name, [*BACKBONES, 'tiny_clip'])}, a timm or an open_clip name, "
-                          "or give the file of a CLIP")
+    else: b = open_clip_backbone(name, *options)
     lean_activations(b.model)
     b.model.requires_grad_(False).eval()
     return b

@@ -7,7 +7,7 @@ __all__ = ['TEMPLATE', 'RENAME', 'parts', 'read_templates', 'is_file', 'check_na
            'sentences', 'prompts', 'tokenizer', 'tokenize', 'TextTower', 'our_name', 'dense_embedding',
            'text_tower_from', 'text_tower', 'class_averages', 'text_features']
 
-# %% ../nbs/04_text.ipynb #4ac6153e
+# %% ../nbs/04_text.ipynb #0b8b4ed9
 import json, os
 from functools import partial, lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 import open_clip
 from torch import nn, Tensor
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 from timm.layers import LayerNorm, get_act_layer
 from timm.models.vision_transformer import Block
 from open_clip.tokenizer import SimpleTokenizer
@@ -110,7 +111,7 @@ def tokenize(texts, # N sentences
     if long: raise LiftError(f'The {context} positions of the text tower are too few for these {who} ({len(long)}): {[c[:60] for c in long[:5]]}')
     return nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True)
 
-# %% ../nbs/04_text.ipynb #9bb01dc2
+# %% ../nbs/04_text.ipynb #508a2ede
 class TextTower(nn.Module):
     "CLIP's text transformer: token ids (C, T) → features (C, w) at the end token, before the projection"
     def __init__(self, width:int, # w
@@ -126,11 +127,13 @@ class TextTower(nn.Module):
         norm, act = partial(LayerNorm, eps=1e-5), get_act_layer(act)
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True, act_layer=act, norm_layer=norm) for _ in range(layers)])
         self.norm, self.proj = norm(width), nn.Parameter(torch.zeros(width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(2.659))
+        self.logit_scale, self.grad_checkpointing = nn.Parameter(torch.tensor(2.659)), False
+
+    def set_grad_checkpointing(self, enable=True): self.grad_checkpointing = enable # timm's name
 
     def encode(self, x, end): # (C, T, w) token embeddings, (C,) places of the end tokens → (C, w)
         x = x + self.pos_embed[:x.shape[1]]
-        for b in self.blocks: x = b(x, is_causal=True)
+        for b in self.blocks: x = checkpoint(b, x, is_causal=True, use_reentrant=False) if self.grad_checkpointing else b(x, is_causal=True)
         return self.norm(x[torch.arange(len(x), device=x.device), end])
 
     def forward(self, tokens):

@@ -43,7 +43,7 @@ def zero_shot_head(backbone:Backbone, # a CLIP
     tower = text_tower(backbone)
     return ZeroShotHead(text_features(tower, classes, template), backbone.image_proj, tower.logit_scale)
 
-# %% ../nbs/08_text_heads.ipynb #a392dc89
+# %% ../nbs/08_text_heads.ipynb #3b958024
 class TextHead(nn.Module):
     "CLIP's classifier with parts that can be trained: image features (B, d) → logits (B, C)"
     def __init__(self, tower:TextTower, # frozen, perhaps with modules in its blocks
@@ -58,7 +58,7 @@ class TextHead(nn.Module):
         self.kept = self.kept_for = None
 
     def embeddings(self):
-        x = self.tower.token_embedding(self.tokens)
+        x = self.tower.token_embedding(self.tokens).to(self.tower.pos_embed.dtype) # frozen embeddings may be kept in half precision
         return x if self.ctx is None else x.scatter(1, self.at[..., None].expand(-1, -1, x.shape[-1]), self.ctx.expand(len(x), -1, -1))
 
     def encode(self):

@@ -1,5 +1,6 @@
 "The command line: every shape of line that the original's experiments have, both vocabularies, and garbage"
 import os, subprocess, sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lift_nb.experiment import build, put_back, run
 from lift_nb.interop import save_original
 from lift_nb.lock import LOCK, locked
 from lift_nb.options import MODULES, ORIGINAL, RUN_OPTIONS, parse_value, translate
+from lift_nb.reproduce import recipe_hash
 from lift_nb.recipes import BACKBONE_SETTINGS, METHODS, Recipe, option_names, resolve, resolve_with_sources, run_name
 
 DATA = [d for d in DATASETS if d != 'digits_lt']
@@ -56,7 +58,7 @@ SIZES = {f'tte True {n} {e}': dict(tte=True, tte_expand=e) for n in ('expand', '
     f'expand {e}': dict(tte=False, expand=e) for e in (0, 16, 32)}
 HARDWARE = {
     'gpu 1 num_workers 4 prec_train fp32 prec_test fp32': dict(device='cuda:1', num_workers=4, precision='fp32', test_precision='fp32'),
-    'prec_train amp': dict(precision='bf16'), 'prec_train fp16 prec_test fp16': dict(precision='bf16', test_precision='bf16'), 'gpu None': dict(device=None),
+    'prec_train amp': dict(precision='bf16'), 'prec_train fp16 prec_test fp16': dict(precision='fp16', test_precision='fp16'), 'gpu None': dict(device=None),
     'batch_size 128 accum_step 4': dict(batch_size=128, accum_step=4), 'seed 3 deterministic False': dict(seed=3, deterministic=False),
     'lr 0.01 weight_decay 1e-4 momentum 0.8': dict(lr=.01, weight_decay=1e-4, momentum=.8), 'lr 5e-3': dict(lr=.005), 'root /data print_freq 50': dict(root='/data'),
     'resolution 112 mean [0.5,0.5,0.5] std [0.5,0.5,0.5]': dict(resolution=112, mean=(.5, .5, .5), std=(.5, .5, .5), expand=16),
@@ -89,9 +91,9 @@ def test_every_family_is_understood():
     assert len(ALL) > 1000 and not wrong, wrong[:5]
 
 def test_notes_only_where_something_is_in_vain():
-    "Nothing that the families say is without effect, but for fp16 and a schedule of what is off"
+    "Nothing that the families say is without effect, but for a schedule of what is off"
     told = {l: notes for l, _ in ALL if (notes := translate(read_words(l.split())[0])[1])}
-    assert all('fp16' in l or 'mda False mda_func' in l for l in told), told
+    assert all('mda False mda_func' in l for l in told), told
 
 def test_defaults_are_those_of_the_original():
     "METHOD.md, sections 4 and 7, for an ordinary data set"
@@ -129,6 +131,21 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert [l.split()[0] for l in out.splitlines()[:len(option_names())]] == option_names()
     assert 'note: v.lora_dim has no effect here' in out and 'nothing was started' in out and not list(tmp_path.iterdir())
+
+def test_fifteen_epochs_on_inaturalist(capsys):
+    "LIFT+ on iNaturalist and its levels trains 15 epochs, unless told otherwise; other methods and sets do not"
+    def epochs(words):
+        assert main([*words.split(), '--dry-run']) == 0
+        return next(l.split()[1:] for l in capsys.readouterr().out.splitlines() if l.startswith('epochs '))
+    for d in ('inat2018', *(f'inat2018_{l}' for l in 'kpcofgs')): assert epochs(line(d)) == ['15', 'data'], d
+    assert epochs(line('inat2018', more='num_epochs 5')) == ['5', 'option'] and epochs(line('inat2018', method='lift')) == ['10', 'method']
+    assert epochs(line('inat2018', method='lp')) == epochs(line('places_lt')) == ['5', 'default']
+
+def test_what_is_not_in_names(tmp_path):
+    "Where things lie and what computes decides neither a run's folder nor its hash"
+    where = dict(lists=str(tmp_path), root=str(tmp_path), device='cpu', num_workers=2)
+    assert run_name(**where) == run_name() and recipe_hash(asdict(resolve(**where))) == recipe_hash(asdict(resolve()))
+    assert run_name(skip_corrupt=True) != run_name() and recipe_hash(asdict(resolve(skip_corrupt=True))) != recipe_hash(asdict(resolve()))
 
 def test_help_names_everything(capsys):
     assert main(['--help']) == 0
