@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['digit_names', 'group_colors', 'class_counts', 'shot_groups', 'long_tail_counts', 'long_tail_subset', 'check_labels',
-           'LongTailData', 'unique_names', 'from_arrays', 'enlarge', 'digits_lt', 'Pick', 'datasets', 'default_workers',
-           'dataloaders', 'plot_counts']
+           'LongTailData', 'unique_names', 'from_arrays', 'enlarge', 'digits_lt', 'Pick', 'datasets', 'seed_from',
+           'random_from', 'said_clearly', 'SeededDL', 'default_workers', 'dataloaders', 'plot_counts']
 
-# %% ../nbs/01_data.ipynb #c1fe84fb
-import os
+# %% ../nbs/01_data.ipynb #a20716d0
+import hashlib, os, random, re
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import matplotlib.pyplot as plt
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from fastai.data.core import Datasets
+from fastai.data.core import Datasets, TfmdDL
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
 import fastai.vision.augment  # teaches fastai's transforms about images
 from fasttransform import Transform
@@ -165,6 +168,61 @@ def datasets(data:LongTailData, # what to load
     tfms = [[Pick(data.train_images, data.test_images), open_image], [names, Categorize(vocab=vocab, sort=False)]]
     return Datasets(range(n+m), tfms, splits=[list(range(n)), list(range(n, n+m))])
 
+# %% ../nbs/01_data.ipynb #8a74c552
+def seed_from(*key): # numbers and words
+    "Let the random numbers of Python, numpy and torch (on the CPU) follow from the key"
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
+    random.seed(seed); np.random.seed(seed % 2**32); torch.default_generator.manual_seed(seed % 2**63)
+
+@contextmanager
+def random_from(*key): # numbers and words
+    "Inside, random numbers follow from the key; afterwards they go on where they were"
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_from(*key)
+    try: yield
+    finally: random.setstate(saved[0]); np.random.set_state(saved[1]); torch.set_rng_state(saved[2])
+
+def said_clearly(e:Exception, # raised while a batch was loaded, perhaps in another process
+)->Exception:
+    "The same without the other process's traceback; a `LiftError` when that process died"
+    text = str(e).strip()
+    if isinstance(e, LiftError) and 'Traceback' in text: return LiftError(text.splitlines()[-1].split('LiftError: ', 1)[-1])
+    if not (died := re.search(r'DataLoader worker.*(killed by signal: \w+|exited unexpectedly)', text)): return e
+    return LiftError(f'A process that loads images died ({died[1]}), often for want of memory; fewer num_workers need less. '
+        'What was saved before stays: with resume True the training goes on from there')
+
+class SeededDL(TfmdDL):
+    "A fastai `TfmdDL` whose random transforms depend on the pass and the item only; `start` leaves out the first batches of the next pass"
+    def __init__(self, *args, **kwargs):
+        self.pass_seed, self.start, self.passing = torch.zeros(1, dtype=torch.int64).share_memory_(), 0, False
+        super().__init__(*args, **kwargs)
+    def begin(self):
+        super().randomize()
+        self.pass_seed.fill_(self.rng.getrandbits(62))
+        self.fake_l.generator = torch.Generator() # PyTorch draws the seeds of workers from it, not from the stream of a batch
+    def randomize(self): pass # `begin` did it
+    def _one_pass(self):
+        with random_from('one pass'): super()._one_pass() # fastai looks at an item when it wants to know what items are like
+    def get_idxs(self): return super().get_idxs()[self.start*(self.bs or 1):]
+    def do_item(self, s):
+        if self.passing: seed_from(self.pass_seed.item(), s)
+        return super().do_item(s)
+    def do_batch(self, b):
+        b = super().do_batch(b)
+        if self.passing: seed_from(*self.key) # transforms of whole batches come next, unless this is a worker
+        return b
+    def __iter__(self):
+        self.begin()
+        batches = super().__iter__()
+        for i in count(self.start):
+            self.passing, self.key = True, (self.pass_seed.item(), 'batch', i)
+            with random_from(*self.key):
+                try: b = next(batches, None)
+                except (RuntimeError, LiftError) as e: raise said_clearly(e) from None
+                finally: self.passing = False
+            if b is None: return
+            yield b
+
 # %% ../nbs/01_data.ipynb #804fd701
 def default_workers(data:LongTailData, # what to load
 )->int:
@@ -172,7 +230,7 @@ def default_workers(data:LongTailData, # what to load
     cores = os.cpu_count() or 1
     return 0 if isinstance(data.train_images, np.ndarray) or cores <= 2 else min(8, cores)
 
-# %% ../nbs/01_data.ipynb #3326d84b
+# %% ../nbs/01_data.ipynb #a3f68963
 def dataloaders(data:LongTailData, # what to load
     item_tfms, # transforms of single images: training crop (`split_idx=0`), test crop (`split_idx=1`)
     mean, # (3,) of the backbone
@@ -183,7 +241,7 @@ def dataloaders(data:LongTailData, # what to load
 ):
     "fastai `DataLoaders` of normalised (B, 3, R, R) images and (B,) labels"
     workers = default_workers(data) if num_workers is None else num_workers
-    return datasets(data).dataloaders(bs=bs, after_item=[*item_tfms, ToTensor()], drop_last=False, num_workers=workers,
+    return datasets(data).dataloaders(bs=bs, dl_type=SeededDL, after_item=[*item_tfms, ToTensor()], drop_last=False, num_workers=workers,
         after_batch=[IntToFloatTensor(), Normalize.from_stats(mean, std)], persistent_workers=workers > 0, **kwargs)
 
 # %% ../nbs/01_data.ipynb #b7e7a178

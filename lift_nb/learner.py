@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DATA_OPTIONS', 'LiftModel', 'lift_dataloaders', 'normalised', 'given_dataloaders', 'train_labels', 'AsTest',
            'plain_train_batches', 'tuned_groups', 'make_head', 'take', 'make_loss', 'build_model', 'method_callbacks',
-           'build_learner', 'method_row', 'class_names', 'asked_of_data', 'lift_plus_learner']
+           'build_learner', 'method_row', 'with_stats', 'class_names', 'if_auto', 'loaders_that_fit', 'asked_of_data',
+           'lift_plus_learner']
 
-# %% ../nbs/13_learner.ipynb #70c92ec5
+# %% ../nbs/13_learner.ipynb #072452d1
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, ToTensor
@@ -26,7 +28,7 @@ from fastai.optimizer import SGD
 import fastai.vision.learner  # teaches show_results about images
 from fasttransform import Pipeline
 
-from .basics import LiftError, autocast, lookup
+from .basics import LiftError, autocast, check_frozen, lookup
 from .data import LongTailData, class_counts, dataloaders, long_tail_subset
 from .benchmarks import load_data
 from .augment import CenterCrop, FiveCrops, MinimalistCrop, train_crop
@@ -34,22 +36,27 @@ from .backbones import Backbone, choose_attention, create_backbone
 from .text import TEMPLATE
 from .surgery import adapt, first_token_only, n_tuned
 from .heads import create_head
-from .text_heads import create_text_head, is_text_head, zero_shot_head
+from .text_heads import TextHead, create_text_head, is_text_head, zero_shot_head
 from .losses import LOSSES, CrossEntropy, LogitAdjustment
 from .metrics import Scores, group_metrics, score_preds
-from .callbacks import AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, EpochCosine, FrozenEval, StopOnNonFinite
+from .callbacks import AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, EpochCosine, FrozenEval, ScaleLoss, StopOnNonFinite
+from .resume import fit_resumably, random_state, set_random_state
+from .distributed import GatherLogits, ShareBatches, check_shares
 from .recipes import METHODS, Method
+from .memory import choose_accum_step, lean
 
-# %% ../nbs/13_learner.ipynb #02f7279f
+# %% ../nbs/13_learner.ipynb #7d14c0e1
 class LiftModel(nn.Sequential):
     "`head(backbone(x))`: images (B, 3, R, R) → float32 logits (B, C)"
     def __init__(self, backbone:nn.Module, # (B, 3, R, R) → (B, d)
         head:nn.Module, # (B, d) → (B, C)
         precision:str='fp32', # a name of `PRECISIONS`
+        frozen_precision:str='fp32', # in which the backbone's frozen weights are kept: see `store_frozen`
     ):
         super().__init__(OrderedDict(backbone=backbone, head=head))
-        self.precision = precision
+        self.precision, self.frozen_precision = precision, frozen_precision
     def forward(self, x):
+        check_frozen(self.precision, self.frozen_precision)
         x = x.as_subclass(torch.Tensor) # fastai's image type would slow down every operation
         with autocast(x.device, self.precision): x = self.backbone(x)
         return self.head(x.float())
@@ -64,7 +71,7 @@ def lift_dataloaders(data:LongTailData, # training and test images
     device=None, # where the batches go; None: fastai's default
 )->DataLoaders:
     "DataLoaders with the method's crops at the backbone's resolution, in micro-batches of `batch_size / accum_step`"
-    if m.batch_size % accum_step: raise LiftError(f'A batch of {m.batch_size} images cannot be cut into {accum_step} equal pieces')
+    check_shares(m.batch_size, accum_step)
     crops = [train_crop(m.mda, backbone.resolution), CenterCrop(backbone.resolution, expand)]
     return dataloaders(data, crops, backbone.mean, backbone.std, m.batch_size//accum_step, num_workers, device=device)
 
@@ -140,7 +147,7 @@ def make_loss(loss, # a name of `LOSSES`, or a ready loss (logits, labels) → m
     loss = loss(counts, **take(options, loss))
     return (CrossEntropy(), [AdjustLogits(loss)]) if isinstance(loss, LogitAdjustment) else (loss, [])
 
-# %% ../nbs/13_learner.ipynb #e6846a4e
+# %% ../nbs/13_learner.ipynb #123aceff
 @delegates(create_text_head, but=['text_modules'])
 def build_model(b:Backbone, # frozen
     m:Method, # head and modules
@@ -152,25 +159,33 @@ def build_model(b:Backbone, # frozen
     init=None, # a name of `INITS` or a (C, d) matrix; None: the backbone's
     scale:float=25., # of the cosine head
     template:str=TEMPLATE, # prompt of the class names
-    precision:str='fp32', # or 'bf16'
+    precision:str='fp32', # in which the network computes, a name of `PRECISIONS`
+    frozen_precision:str='fp32', # in which its frozen weights are kept: see `store_frozen`
+    recompute:bool=False, # compute blocks again in the backward pass instead of keeping activations?
     **kwargs, # for a head without classifier: see `create_text_head`
 )->LiftModel:
     "Backbone, modules and head"
+    check_frozen(precision, frozen_precision)
     choose_attention(b.model.to(dls.device), dls.device)
     with autocast(dls.device, precision):
         head = make_head(m, b, classes, init, plain_train_batches(dls, labels), scale, template, precision, kwargs)
     if m.modules != 'none': adapt(b.model, m.modules, dls.c, layers, dim)
     first_token_only(b.model)
-    return LiftModel(b.model, head, precision).to(dls.device)
+    lean(b.model, frozen_precision, recompute and n_tuned(b.model) > 0) # a tower that trains nothing keeps nothing anyway
+    if isinstance(head, TextHead): lean(head.tower, frozen_precision, recompute and n_tuned(head) > 0)
+    return LiftModel(b.model, head, precision, frozen_precision).to(dls.device)
 
-# %% ../nbs/13_learner.ipynb #d91c2cde
+# %% ../nbs/13_learner.ipynb #299e42a4
 def method_callbacks(m:Method, # crop schedule
     dls:DataLoaders, # whose crop is to grow
     accum_step:int=1, # pieces of a batch
+    precision:str='fp32', # of the network
+    nonfinite:str='stop', # a name of `NONFINITE`
 )->list:
     "The callbacks that a method needs whatever its loss is"
+    guard = ScaleLoss if precision == 'fp16' else StopOnNonFinite
     crops = [t for t in getattr(dls.train.after_item, 'fs', []) if isinstance(t, MinimalistCrop)]
-    return [FrozenEval(), AverageCrops(), StopOnNonFinite(), *([CropSchedule(crops[0], m.mda)] if crops and m.mda else []),
+    return [FrozenEval(), AverageCrops(), ShareBatches(), GatherLogits(), guard(nonfinite), *([CropSchedule(crops[0], m.mda)] if crops and m.mda else []),
             *([AccumulateGradients(accum_step)] if accum_step > 1 else [])]
 
 def build_learner(dls:DataLoaders, # training and test set
@@ -181,6 +196,7 @@ def build_learner(dls:DataLoaders, # training and test set
     accum_step:int=1, # pieces into which a batch is cut
     wd:float=5e-4, # weight decay, coupled
     mom:float=0.9, # momentum
+    nonfinite:str='stop', # what to do about a loss that is NaN or infinite, a name of `NONFINITE`
     metrics=None, # further metrics
     cbs=None, # further callbacks
     **kwargs, # passed to `Learner`: path, model_dir, …
@@ -188,16 +204,23 @@ def build_learner(dls:DataLoaders, # training and test set
     "A fastai `Learner` with the method's optimizer, loss, metrics and callbacks"
     loss_func, loss_cbs = make_loss(m.loss, counts, tau=tau, scale=getattr(model.head, 'scale', 25.))
     learn = Learner(dls, model, loss_func, partial(SGD, mom=mom, decouple_wd=False), lr=m.lr, splitter=tuned_groups, wd=wd, wd_bn_bias=True, train_bn=False,
-        metrics=[*group_metrics(counts), *(metrics or [])], cbs=[*method_callbacks(m, dls, accum_step), *loss_cbs, *(cbs or [])], **kwargs)
-    learn.method, learn.counts = m, counts
+        metrics=[*group_metrics(counts), *(metrics or [])], **kwargs,
+        cbs=[*method_callbacks(m, dls, accum_step, model.precision, nonfinite), *loss_cbs, *(cbs or [])])
+    learn.method, learn.counts, learn.accum_step = m, counts, accum_step
     return learn
 
-# %% ../nbs/13_learner.ipynb #54557242
+# %% ../nbs/13_learner.ipynb #b5c67321
 def method_row(method, # a name of `METHODS` or a `Method`
     **given, # its fields; None: as the method says
 )->Method:
     "The method's settings with what was asked for explicitly"
     return replace(lookup(METHODS, method, 'method'), **{k: v for k, v in given.items() if v is not None})
+
+def with_stats(b:Backbone, # as it is made
+    mean, std, # (3,) of the images; None: the backbone's
+)->Backbone:
+    "The backbone with the statistics that were asked for"
+    return replace(b, **{k: tuple(v) for k, v in dict(mean=mean, std=std).items() if v is not None})
 
 def class_names(data, # `LongTailData` or None
     dls:DataLoaders, # of the data
@@ -208,16 +231,33 @@ def class_names(data, # `LongTailData` or None
     if len(classes) != dls.c: raise LiftError(f'{len(classes)} class names were given for {dls.c} classes')
     return classes
 
-# %% ../nbs/13_learner.ipynb #5b2818cc
+# %% ../nbs/13_learner.ipynb #490bb685
+def if_auto(accum_step, # a number of pieces or 'auto'
+    then, otherwise=None,
+):
+    "`then` for 'auto', `otherwise` for a number"
+    return then if accum_step == 'auto' else otherwise
+
+def loaders_that_fit(data, b, m, model, # what `lift_dataloaders` takes, and the model
+    before:dict, # random state from which the DataLoaders are made
+    options:dict, # of `lift_dataloaders`
+)->tuple: # DataLoaders, number of pieces
+    "DataLoaders whose micro-batches are as large as the memory allows; the random state stays"
+    k, now = choose_accum_step(model, m.batch_size, b.resolution), random_state()
+    set_random_state(before)
+    try: return lift_dataloaders(data, b, m, k, **options), k
+    finally: set_random_state(now)
+
+# %% ../nbs/13_learner.ipynb #b2b87816
 DATA_OPTIONS = ('skip_corrupt', 'test_pct', 'check', 'lists', 'split', 'path_col', 'label_col', 'split_col')
 
 def asked_of_data(options:dict, # options by name; those of the data are removed
 )->dict:
     "Options for `load_data` that say something"
     found = {k: options.pop(k) for k in DATA_OPTIONS if k in options}
-    return {k: v for k, v in found.items() if v is not None and (k, v) != ('skip_corrupt', False)}
+    return {k: v for k, v in found.items() if v is not None}
 
-# %% ../nbs/13_learner.ipynb #20a0b5b8
+# %% ../nbs/13_learner.ipynb #a27b1d47
 @delegates(build_learner)
 @delegates(build_model, keep=True)
 @delegates(lift_dataloaders, keep=True)
@@ -233,7 +273,7 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     epochs:int|None=None, # of `fit_lift`; None: the method's
     lr:float|None=None, # learning rate of the first epoch; None: the method's
     batch_size:int|None=None, # images in a step; None: the method's
-    accum_step:int=1, # pieces into which a batch is cut
+    accum_step:int|str=1, # pieces into which a batch is cut; 'auto': as few as fit into the memory
     classes=None, # C class names for the prompts; None: those of the data
     root=None, # where a named data set lies or is downloaded to
     mean=None, # (3,) of the images; None: the backbone's
@@ -242,13 +282,13 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
 )->Learner:
     "A fastai `Learner` that trains LIFT+ (or another method) on long-tailed data"
     m = method_row(method, modules=modules, text_modules=text_modules, head=head, loss=loss, mda=mda, epochs=epochs, lr=lr, batch_size=batch_size)
-    b, options = create_backbone(backbone, **take(kwargs, create_backbone)), take(kwargs, lift_dataloaders)
-    b = replace(b, **{k: tuple(v) for k, v in dict(mean=mean, std=std).items() if v is not None})
-    asked = asked_of_data(kwargs)
-    if isinstance(dls, DataLoaders): data, dls = None, given_dataloaders(dls, b, dict(options, mda=mda, batch_size=batch_size, root=root, **asked))
-    else: data = load_data(dls, root, **asked); dls = lift_dataloaders(data, b, m, accum_step, **options)
+    b, options = with_stats(create_backbone(backbone, **take(kwargs, create_backbone)), mean, std), take(kwargs, lift_dataloaders)
+    data = None if isinstance(dls, DataLoaders) else load_data(dls, root, **asked_of_data(kwargs))
+    given, before = dict(options, mda=mda, batch_size=batch_size, root=root, accum_step=if_auto(accum_step, 'auto'), **asked_of_data(kwargs)), random_state()
+    dls = lift_dataloaders(data, b, m, if_auto(accum_step, 1, accum_step), **options) if data else given_dataloaders(dls, b, given)
     labels = data.train_labels if data else train_labels(dls)
     model = build_model(b, m, dls, labels, class_names(data, dls, classes), **take(kwargs, build_model))
+    if accum_step == 'auto': dls, accum_step = loaders_that_fit(data, b, m, model, before, options)
     learn = build_learner(dls, model, m, class_counts(labels, dls.c), accum_step=accum_step, **kwargs)
     learn.backbone, learn.data = b, data
     return learn
@@ -259,9 +299,15 @@ def fit_lift(self:Learner,
     epochs:int|None=None, # None: the method's
     lr:float|None=None, # of the first epoch; None: the method's
     cbs=None, # further callbacks for this training
+    resume=False, # save on the way, and go on from what was saved: in this folder, or True: `resume` beside fastai's saved models
+    minutes:float=10., # between two save points inside an epoch
+    steps:int|None=None, # between two save points inside an epoch; None: only by time
 ):
-    "Train with the method's epochs, learning rate and schedule"
-    self.fit(self.method.epochs if epochs is None else epochs, lr, cbs=[EpochCosine(), *(cbs or [])])
+    "Train with the method's epochs, learning rate and schedule; with `resume` see `fit_resumably`"
+    epochs, cbs = self.method.epochs if epochs is None else epochs, [EpochCosine(), *L(cbs)]
+    if not resume: return self.fit(epochs, lr, cbs=cbs)
+    folder = self.path/self.model_dir/'resume' if resume is True else resume
+    fit_resumably(self, epochs, lr, cbs, folder, minutes, steps, about=vars(self.method))
 
 # %% ../nbs/13_learner.ipynb #80d31757
 @patch

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'CLASSIFIERS', 'LOSS_TYPES', 'MIXED', 'PLACES', 'ORIGINAL', 'TOWERS', 'MODULES', 'PARTS', 'RUN_OPTIONS',
-           'NONE_IS_A_NAME', 'TEXTS', 'TEXT_SIDE', 'STEPS', 'read_range', 'parse_value', 'word', 'named', 'flag',
-           'one_of', 'layers', 'whole', 'gpu', 'coop_start', 'Option', 'our_module', 'module_options', 'check_name',
-           'read', 'put', 'direct_settings', 'as_table', 'plainest', 'switches', 'tower_settings', 'choose_head',
-           'head_settings', 'place_settings', 'mda_settings', 'in_vain', 'translate']
+           'READERS', 'NONE_IS_A_NAME', 'TEXTS', 'TEXT_SIDE', 'STEPS', 'read_range', 'parse_value', 'word', 'named',
+           'flag', 'one_of', 'layers', 'whole', 'whole_or_none', 'span', 'gpu', 'coop_start', 'Option', 'our_module',
+           'module_options', 'check_name', 'read', 'put', 'direct_settings', 'as_table', 'plainest', 'switches',
+           'tower_settings', 'choose_head', 'head_settings', 'place_settings', 'mda_settings', 'in_vain', 'translate']
 
 # %% ../nbs/12a_options.ipynb #1bbc45e5
 import ast, re
@@ -79,6 +79,19 @@ def whole(text): # 0, 1, 2 …
     if type(value) is int and 0 <= value < 2**32: return value
     raise LiftError(f'must be a whole number, not {text!r:.80}')
 
+def whole_or_none(text): # 1, 2, 3 … or None
+    "A number above 0 without fraction, or `none`"
+    value = parse_value(text)
+    if value is None or type(value) is int and 0 < value < 2**32: return value
+    raise LiftError(f'must be a whole number above 0, or none, not {text!r:.80}')
+
+def span(text): # minutes
+    "A time above 0"
+    value = parse_value(text)
+    if type(value) in (int, float) and 0 < value < 1e6: return float(value)
+    raise LiftError(f'must be a number above 0, not {text!r:.80}')
+
+# %% ../nbs/12a_options.ipynb #9f9196ea
 def gpu(text): # name of a device; None: the default
     "The number of a GPU, or `cpu`"
     value = parse_value(text)
@@ -93,7 +106,7 @@ def coop_start(text): # 'photo', a prompt, or None
     if value == 'photo' or '{}' in value: return value
     raise LiftError(f"must be random, photo or a prompt with {{}} for the name, not {text!r:.80}")
 
-# %% ../nbs/12a_options.ipynb #9094fec8
+# %% ../nbs/12a_options.ipynb #4dc572e6
 @dataclass(frozen=True)
 class Option:
     "One option of the original's command line"
@@ -105,10 +118,10 @@ class Option:
 
 CLASSIFIERS = dict(CosineClassifier='cosine', LinearClassifier='linear', L2NormClassifier='l2norm', LayerNormClassifier='layernorm', none='text')
 LOSS_TYPES = {'Focal' if l == 'focal' else l.upper(): l for l in LOSSES}
-MIXED = dict(amp='bf16', fp16='bf16', fp32='fp32', bf16='bf16')
+MIXED = dict(amp='bf16', fp16='fp16', fp32='fp32', bf16='bf16')
 PLACES = dict(end='end', middle='middle', front='front')
 
-# %% ../nbs/12a_options.ipynb #cc2930d7
+# %% ../nbs/12a_options.ipynb #faf99119
 ORIGINAL = {
     'dataset': Option('data', None, 'as -d', word),
     'root': Option('root', None, 'where the images lie', word),
@@ -120,11 +133,11 @@ ORIGINAL = {
     'deterministic': Option('deterministic', True, 'the same numbers every time on a GPU', flag),
     'gpu': Option('device', 0, 'number of the GPU, cpu, or none: the GPU if there is one', gpu),
     'num_workers': Option('num_workers', 10, 'processes that load images'),
-    'prec_train': Option('precision', 'amp', 'amp is bf16; fp16 is not there yet and becomes bf16; fp32', one_of(MIXED)),
-    'prec_test': Option('test_precision', 'fp16', 'fp16 is not there yet and becomes bf16; fp32; not given: as in training', one_of(MIXED)),
+    'prec_train': Option('precision', 'amp', 'amp is bf16, which needs no scaling of the loss; fp16 is scaled; fp32', one_of(MIXED)),
+    'prec_test': Option('test_precision', 'fp16', 'fp16, bf16, fp32; not given: as in training', one_of(MIXED)),
     'num_epochs': Option('epochs', 5, 'of the training'),
     'batch_size': Option('batch_size', 128, 'images in a step'),
-    'accum_step': Option('accum_step', 1, 'pieces into which a batch is cut'),
+    'accum_step': Option('accum_step', 1, 'pieces into which a batch is cut; auto: as few as fit'),
     'lr': Option('lr', 0.02, 'of the first epoch'),
     'weight_decay': Option('weight_decay', 5e-4, 'on every trained tensor'),
     'momentum': Option('momentum', 0.9, 'of SGD'),
@@ -187,7 +200,10 @@ ORIGINAL |= module_options('v') | module_options('l')
 # %% ../nbs/12a_options.ipynb #e2080a43
 RUN_OPTIONS = dict(output_dir='folder of the run; none: output/<name of the run>', test_only='evaluate the tensors of an earlier run instead of training?',
     model_dir='folder of that run; none: the output folder', validate='look at the test set after every epoch?',
-    print_freq='batches between two lines of the log; 0: a line after each epoch only')
+    print_freq='batches between two lines of the log; 0: a line after each epoch only',
+    resume='go on with an interrupted training in the folder?', save_minutes='minutes between two save points inside an epoch',
+    save_steps='batches between two save points inside an epoch; none: only by time')
+READERS = dict(validate=flag, resume=flag, save_steps=whole_or_none, save_minutes=span)
 NONE_IS_A_NAME = ('modules', 'text_modules', 'init')
 TEXTS = [f.name for f in fields(Recipe) if f.type in (str, str|None)]
 
@@ -205,7 +221,7 @@ def read(name:str, # of an option, ours or the original's
     check_name(name)
     if name in ORIGINAL: reader = ORIGINAL[name].read
     elif name in NONE_IS_A_NAME: reader = lambda text: 'none' if parse_value(text) is None else parse_value(text)
-    else: reader = flag if name == 'validate' else word if name in TEXTS else parse_value
+    else: reader = READERS.get(name, word if name in TEXTS else parse_value)
     try: return reader(text)
     except LiftError as e: raise LiftError(f'Option {name} {e}') from None
 
@@ -316,7 +332,7 @@ def mda_settings(given, settings, base):
     put(found, 'mda', given['mda_func'], 'mda_func')
     return found
 
-# %% ../nbs/12a_options.ipynb #2d4bc3e6
+# %% ../nbs/12a_options.ipynb #90a07621
 def in_vain(given, settings, base)->list: # of option names
     "Options that change nothing"
     def final(k): return settings.get(k, getattr(base, k))
@@ -338,6 +354,4 @@ def translate(texts:dict, # option of ours or of the original → value as typed
     settings = direct_settings(given)
     base = lookup(METHODS, settings.get('method', Recipe().method), 'method')
     for step in STEPS: settings |= step(given, settings, base)
-    half = [n for n in ('prec_train', 'prec_test') if str(named(texts.get(n, ''))).lower() == 'fp16']
-    notes = [f'{n} fp16 is not there yet: bf16 is taken instead' for n in half]
-    return settings, notes + [f'{n} has no effect here' for n in in_vain(given, settings, base)]
+    return settings, [f'{n} has no effect here' for n in in_vain(given, settings, base)]

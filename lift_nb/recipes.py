@@ -4,29 +4,28 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DATA_SETTINGS', 'FAMILIES', 'BACKBONE_SETTINGS', 'POSITIVE', 'NOT_NEGATIVE', 'CHOICES', 'CHECKS',
-           'TEXT_ONLY', 'NOT_IN_NAMES', 'Method', 'backbone_row', 'Recipe', 'option_names', 'typed', 'check_range',
-           'three_floats', 'check_data', 'check_backbone', 'check_head', 'check_ctx', 'check_mda', 'check_device',
-           'checked', 'check_layers', 'check_modules', 'check_together', 'settings_by_source', 'resolve_with_sources',
-           'resolve', 'as_word', 'data_word', 'run_name']
+           'TEXT_ONLY', 'UNDECIDING', 'NOT_IN_NAMES', 'Method', 'backbone_row', 'Recipe', 'option_names', 'typed',
+           'check_range', 'three_floats', 'check_data', 'check_head', 'check_ctx', 'check_mda', 'check_accum_step',
+           'check_device', 'checked', 'check_layers', 'check_modules', 'check_together', 'settings_by_source',
+           'resolve_with_sources', 'resolve', 'as_word', 'data_word', 'deciding', 'run_name']
 
-# %% ../nbs/12_recipes.ipynb #6fe0f4e0
+# %% ../nbs/12_recipes.ipynb #5a60965f
 import math, os, re
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import get_args
 
-import open_clip, timm
-
-from .basics import PRECISIONS, LiftError, lookup, nearest
+from .basics import PRECISIONS, LiftError, check_frozen, lookup, nearest
 from .benchmarks import DATASETS
 from .augment import MDA_SCHEDULES
-from .backbones import BACKBONES, CLIP_STATS, is_file
+from .backbones import BACKBONES, CLIP_STATS, check_backbone
 from .text import TEMPLATE
 from .surgery import checked_size, read_methods
 from .heads import HEADS, INITS
 from .text_heads import CONTEXTS, TEXT_HEADS, is_text_head
 from .losses import LOSSES
+from .callbacks import NONFINITE
 
 # %% ../nbs/12_recipes.ipynb #6be9b367
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def backbone_row(name:str, # of `BACKBONES`
 
 BACKBONE_SETTINGS = {'tiny_clip': dict(resolution=32, **FAMILIES['clip']), **{n: backbone_row(n) for n in BACKBONES}}
 
-# %% ../nbs/12_recipes.ipynb #561d4736
+# %% ../nbs/12_recipes.ipynb #0d60daae
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what a run computes"
@@ -86,7 +85,7 @@ class Recipe:
     lists: str|None = None # folder of a benchmark's split lists; none: fetched and kept
     split: str|None = None # which list a benchmark is tested on; none: the usual one
     test_pct: float|None = None # part of a folder that becomes the test set; none: 0.2, or its own test folder
-    skip_corrupt: bool = False # leave out images that cannot be read?
+    skip_corrupt: bool|None = None # leave out images that cannot be read?
     checkpoint: str|None = None # local file of the backbone's weights
     resolution: int|None = None # pixels of the images; none: the backbone's
     mean: tuple|None = None # (3,) of the images in [0, 1]; none: the backbone's
@@ -112,8 +111,11 @@ class Recipe:
     weight_decay: float = 5e-4 # coupled, on every trained tensor
     momentum: float = 0.9 # of SGD
     batch_size: int|None = None # images in a step
-    accum_step: int = 1 # pieces into which a batch is cut
-    precision: str = 'fp32' # of the network in training: fp32 or bf16
+    accum_step: int|str = 1 # pieces into which a batch is cut; auto: as few as fit into the memory
+    nonfinite: str = 'stop' # at a loss that is NaN or infinite: stop, or skip that batch
+    recompute: bool = False # compute blocks again in the backward pass? Less memory, more time
+    precision: str = 'fp32' # of the network in training: fp32, bf16 or fp16
+    frozen_precision: str = 'fp32' # in which frozen weights are kept: fp32, or bf16 or fp16 for half the memory
     test_precision: str|None = None # of the network in the test; none: as in training
     expand: int|None = None # margin of the test crop in pixels; none: a seventh of the resolution
     tte: bool = False # test-time ensembling: five crops
@@ -123,12 +125,13 @@ class Recipe:
     device: str|None = None # where it computes: cpu, cuda, cuda:1 …; none: the GPU, if there is one
     num_workers: int|None = None # processes that load images; none: by the kind of data
 
+# %% ../nbs/12_recipes.ipynb #bac83fb5
 def option_names()->list:
     "The names of all settings"
     return [f.name for f in fields(Recipe)]
 
-# %% ../nbs/12_recipes.ipynb #8f79a26d
-POSITIVE = ('resolution', 'dim', 'text_dim', 'ctx_len', 'adapter_dim', 'scale', 'lr', 'batch_size', 'accum_step')
+# %% ../nbs/12_recipes.ipynb #4fc48efd
+POSITIVE = ('resolution', 'dim', 'text_dim', 'ctx_len', 'adapter_dim', 'scale', 'lr', 'batch_size')
 NOT_NEGATIVE = ('epochs', 'num_workers', 'expand', 'tte_expand', 'weight_decay', 'momentum', 'tau', 'seed')
 
 def typed(name:str, # of a setting
@@ -156,19 +159,14 @@ def three_floats(name, value):
     if not good: raise LiftError(f"Option {name} must be three {'numbers' if name == 'mean' else 'positive numbers'}, not {value!r:.80}")
     return tuple(map(float, value))
 
-# %% ../nbs/12_recipes.ipynb #218bf8bf
+# %% ../nbs/12_recipes.ipynb #e3ab14f9
 CHOICES = dict(method=('method', METHODS), loss=('loss', LOSSES), init=('initialisation', INITS), mda=('schedule of the crop', MDA_SCHEDULES),
-    precision=('precision', PRECISIONS), test_precision=('precision', PRECISIONS))
+    precision=('precision', PRECISIONS), test_precision=('precision', PRECISIONS), frozen_precision=('precision', PRECISIONS),
+    nonfinite=('answer to a loss that is no number', NONFINITE))
 
 def check_data(name):
     "Raise `LiftError` unless it is a name of `DATASETS` or something on the disk"
     if name not in DATASETS and not os.path.exists(name): lookup(DATASETS, name, 'data set (or folder)')
-
-def check_backbone(name):
-    "Raise `LiftError` unless it is a name of `BACKBONES`, of timm or open_clip, or a file"
-    ours, arch = [*BACKBONES, 'tiny_clip'], name.partition('/')[0]
-    if name in ours or is_file(name) or timm.is_model(name.split('.')[0]) or arch in open_clip.list_models(): return
-    raise LiftError(f'Unknown backbone {name!r:.80}; choose from {nearest(name, ours)}, a timm or an open_clip name, or give the file of a CLIP')
 
 def check_head(name):
     "Raise `LiftError` unless it is a name of `HEADS`, 'zero_shot', or names of `TEXT_HEADS` joined by '+'"
@@ -185,12 +183,16 @@ def check_mda(value):
     if not (isinstance(value, (bool, str)) or callable(value)):
         raise LiftError(f'Option mda must be a schedule of {list(MDA_SCHEDULES)}, True or False, not {value!r:.80}')
 
+def check_accum_step(value):
+    "Raise `LiftError` unless it is a number of pieces or 'auto'"
+    if value != 'auto' and (isinstance(value, str) or value <= 0): raise LiftError(f"Option accum_step must be above 0 or 'auto', not {value!r:.80}")
+
 def check_device(name):
     "Raise `LiftError` unless it looks like a device"
     if not re.fullmatch(r'cpu|cuda(:\d{1,4})?', name): raise LiftError(f"Option device must be 'cpu', 'cuda', 'cuda:1' …, not {name!r:.80}")
 
-# %% ../nbs/12_recipes.ipynb #cbf2c8f3
-CHECKS = dict(data=check_data, backbone=check_backbone, head=check_head, ctx=check_ctx, mda=check_mda, device=check_device)
+# %% ../nbs/12_recipes.ipynb #9f5b2dd8
+CHECKS = dict(data=check_data, backbone=check_backbone, head=check_head, ctx=check_ctx, mda=check_mda, device=check_device, accum_step=check_accum_step)
 
 def checked(name:str, # of a setting
     value, # what was asked for
@@ -203,7 +205,7 @@ def checked(name:str, # of a setting
     if name in CHOICES and isinstance(value, str): lookup(CHOICES[name][1], value, CHOICES[name][0])
     return value
 
-# %% ../nbs/12_recipes.ipynb #8af605fc
+# %% ../nbs/12_recipes.ipynb #52752eef
 def check_layers(layers): # None, a number, a list or a range
     "Raise `LiftError` for what cannot be layers of any tower"
     if layers is None or isinstance(layers, range): return
@@ -233,6 +235,8 @@ def check_together(r): # a complete `Recipe`
     check_modules(r.text_modules, r.text_layers, r.text_dim)
     lost = [k for k in TEXT_ONLY if getattr(r, k) not in (None, 'none')]
     if lost and not is_text_head(r.head): raise LiftError(f"{lost} belong to a head without classifier ('text', 'coop', …), not to {r.head!r}")
+    for p in (r.precision, r.test_precision or r.precision): check_frozen(p, r.frozen_precision)
+    if r.accum_step == 'auto': return
     if r.batch_size % r.accum_step: raise LiftError(f'A batch of {r.batch_size} images cannot be cut into {r.accum_step} equal pieces')
 
 # %% ../nbs/12_recipes.ipynb #82615015
@@ -268,7 +272,7 @@ def resolve(**options, # settings by name; what is missing or None is filled in
     "The complete recipe: see `resolve_with_sources`"
     return resolve_with_sources(**options)[0]
 
-# %% ../nbs/12_recipes.ipynb #2a1dec1f
+# %% ../nbs/12_recipes.ipynb #e6e1ff19
 def as_word(value, # of a setting
 )->str:
     "A value as a part of a name"
@@ -282,7 +286,14 @@ def data_word(data, # a name of `DATASETS` or a path
     word = re.split(r'[/\\]', str(data).rstrip('/\\'))[-1]
     return word if word.strip('.') else Path(data).resolve().name or 'data'
 
-NOT_IN_NAMES = ('data', 'backbone', 'method', 'root', 'checkpoint', 'num_workers', 'device')
+UNDECIDING = ('root', 'lists', 'checkpoint', 'num_workers', 'device')
+
+def deciding(recipe:dict, # complete
+)->dict: # setting → value
+    "The settings that decide a result; where data and weights lie and what computes does not"
+    return {k: v for k, v in recipe.items() if k not in UNDECIDING and v is not None}
+
+NOT_IN_NAMES = ('data', 'backbone', 'method', 'root', 'lists', 'checkpoint', 'num_workers', 'device', 'recompute')
 
 def run_name(**options, # as given to `resolve`
 )->str:
