@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['DATA_OPTIONS', 'LiftModel', 'lift_dataloaders', 'normalised', 'given_dataloaders', 'train_labels', 'AsTest',
-           'plain_train_batches', 'tuned_groups', 'make_head', 'take', 'make_loss', 'build_model', 'method_callbacks',
-           'build_learner', 'method_row', 'with_stats', 'class_names', 'if_auto', 'loaders_that_fit', 'asked_of_data',
-           'lift_plus_learner']
+           'plain_train_batches', 'tuned_groups', 'start_of', 'make_head', 'take', 'make_loss', 'build_model',
+           'method_callbacks', 'build_learner', 'method_row', 'with_stats', 'class_names', 'if_auto',
+           'loaders_that_fit', 'asked_of_data', 'find_data', 'lift_plus_learner', 'Rows', 'feature_dls',
+           'trains_on_features', 'on_features', 'kept_history']
 
 # %% ../nbs/13_learner.ipynb #072452d1
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -29,13 +31,14 @@ import fastai.vision.learner  # teaches show_results about images
 from fasttransform import Pipeline
 
 from .basics import LiftError, autocast, check_frozen, lookup
-from .data import LongTailData, class_counts, dataloaders, long_tail_subset
+from .data import LongTailData, SeededDL, class_counts, dataloaders, long_tail_subset
 from .benchmarks import load_data
 from .augment import CenterCrop, FiveCrops, MinimalistCrop, train_crop
 from .backbones import Backbone, choose_attention, create_backbone
 from .text import TEMPLATE
 from .surgery import adapt, first_token_only, n_tuned
 from .heads import create_head
+from .features import FeatureCache, Known
 from .text_heads import TextHead, create_text_head, is_text_head, zero_shot_head
 from .losses import LOSSES, CrossEntropy, LogitAdjustment
 from .metrics import Scores, group_metrics, score_preds
@@ -122,7 +125,17 @@ def tuned_groups(model:nn.Module)->list: # [of the backbone, of the head]
     return groups
 
 # %% ../nbs/13_learner.ipynb #52020d4b
-def make_head(m, backbone, classes, init, batches, scale, template, precision, options):
+def start_of(b:Backbone, # frozen, nothing attached
+    batches, # DataLoader of `plain_train_batches`
+    cache, # `FeatureCache` or None
+    precision:str, # of the network
+)->tuple: # backbone and batches for the initialisation of a head
+    "The same, or what takes their place when features are kept: no network, and its features"
+    if cache is None: return b, batches
+    images = [cache.data.train_images[i] for i in batches.dataset.idxs]
+    return replace(b, model=Known(b.n_features)), cache.batches(b.model, batches, images, precision=precision)
+
+def make_head(m, backbone, batches, classes, init, scale, template, precision, options):
     "The head that a method asks for: see `create_head`, `create_text_head` and `zero_shot_head`"
     options = {k: v for k, v in options.items() if v is not None}
     if is_text_head(m.head): return create_text_head(m.head, backbone, classes, template, text_modules=m.text_modules, precision=precision, **options)
@@ -162,13 +175,14 @@ def build_model(b:Backbone, # frozen
     precision:str='fp32', # in which the network computes, a name of `PRECISIONS`
     frozen_precision:str='fp32', # in which its frozen weights are kept: see `store_frozen`
     recompute:bool=False, # compute blocks again in the backward pass instead of keeping activations?
+    cache:FeatureCache|None=None, # of features; None: they are computed
     **kwargs, # for a head without classifier: see `create_text_head`
 )->LiftModel:
     "Backbone, modules and head"
     check_frozen(precision, frozen_precision)
     choose_attention(b.model.to(dls.device), dls.device)
     with autocast(dls.device, precision):
-        head = make_head(m, b, classes, init, plain_train_batches(dls, labels), scale, template, precision, kwargs)
+        head = make_head(m, *start_of(b, plain_train_batches(dls, labels), cache, precision), classes, init, scale, template, precision, kwargs)
     if m.modules != 'none': adapt(b.model, m.modules, dls.c, layers, dim)
     first_token_only(b.model)
     lean(b.model, frozen_precision, recompute and n_tuned(b.model) > 0) # a tower that trains nothing keeps nothing anyway
@@ -253,9 +267,19 @@ DATA_OPTIONS = ('skip_corrupt', 'test_pct', 'check', 'lists', 'split', 'path_col
 
 def asked_of_data(options:dict, # options by name; those of the data are removed
 )->dict:
-    "Options for `load_data` that say something"
-    found = {k: options.pop(k) for k in DATA_OPTIONS if k in options}
-    return {k: v for k, v in found.items() if v is not None}
+    "Options for `load_data`"
+    return {k: options.pop(k) for k in DATA_OPTIONS if k in options}
+
+def find_data(dls, # what `lift_plus_learner` was given
+    b:Backbone, m:Method, accum_step, # resolution, crops, pieces of a batch
+    options:dict, # of `lift_dataloaders`
+    given:dict, # further options that ready DataLoaders have decided already
+)->tuple: # `LongTailData` or None, DataLoaders, the random state before these were made
+    "Data and DataLoaders"
+    if isinstance(dls, DataLoaders): return None, given_dataloaders(dls, b, {**options, **given, 'accum_step': if_auto(accum_step, 'auto')}), random_state()
+    data = load_data(dls, given['root'], **{k: v for k, v in given.items() if k in DATA_OPTIONS and v is not None})
+    before = random_state()
+    return data, lift_dataloaders(data, b, m, if_auto(accum_step, 1, accum_step), **options), before
 
 # %% ../nbs/13_learner.ipynb #a27b1d47
 @delegates(build_learner)
@@ -276,6 +300,7 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     accum_step:int|str=1, # pieces into which a batch is cut; 'auto': as few as fit into the memory
     classes=None, # C class names for the prompts; None: those of the data
     root=None, # where a named data set lies or is downloaded to
+    features=None, # folder where features of the frozen network are kept; None: they are computed each time
     mean=None, # (3,) of the images; None: the backbone's
     std=None, # (3,) of the images; None: the backbone's
     **kwargs, # for the backbone, the DataLoaders, the model or the `Learner`: see above
@@ -283,15 +308,50 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     "A fastai `Learner` that trains LIFT+ (or another method) on long-tailed data"
     m = method_row(method, modules=modules, text_modules=text_modules, head=head, loss=loss, mda=mda, epochs=epochs, lr=lr, batch_size=batch_size)
     b, options = with_stats(create_backbone(backbone, **take(kwargs, create_backbone)), mean, std), take(kwargs, lift_dataloaders)
-    data = None if isinstance(dls, DataLoaders) else load_data(dls, root, **asked_of_data(kwargs))
-    given, before = dict(options, mda=mda, batch_size=batch_size, root=root, accum_step=if_auto(accum_step, 'auto'), **asked_of_data(kwargs)), random_state()
-    dls = lift_dataloaders(data, b, m, if_auto(accum_step, 1, accum_step), **options) if data else given_dataloaders(dls, b, given)
+    given = dict(mda=mda, batch_size=batch_size, root=root, features=features, **asked_of_data(kwargs))
+    data, dls, before = find_data(dls, b, m, accum_step, options, given)
     labels = data.train_labels if data else train_labels(dls)
-    model = build_model(b, m, dls, labels, class_names(data, dls, classes), **take(kwargs, build_model))
+    model = build_model(b, m, dls, labels, class_names(data, dls, classes), cache=features and FeatureCache(features, data), **take(kwargs, build_model))
     if accum_step == 'auto': dls, accum_step = loaders_that_fit(data, b, m, model, before, options)
     learn = build_learner(dls, model, m, class_counts(labels, dls.c), accum_step=accum_step, **kwargs)
-    learn.backbone, learn.data = b, data
+    learn.backbone, learn.data, learn.features = b, data, features
     return learn
+
+# %% ../nbs/13_learner.ipynb #f758e82b
+class Rows:
+    "Features and labels as a data set"
+    n_inp = 1
+    def __init__(self, f, y): self.f, self.y = f, y
+    def __len__(self): return len(self.y)
+    def __getitem__(self, i): return self.f[i], self.y[i]
+
+def feature_dls(learn:Learner)->DataLoaders:
+    "DataLoaders of (B, d) features and labels, in the order that the images would have"
+    cache, data, train, out = FeatureCache(learn.features, learn.data), learn.data, learn.dls.train, []
+    plain = train.new(shuffle=False, drop_last=False)
+    for dl, images in ((plain, data.train_images), (learn.dls.valid, data.test_images)):
+        with autocast(dl.device, learn.model.precision): f, y = cache.get(learn.model.backbone, dl, images, precision=learn.model.precision)
+        out.append(SeededDL(Rows(f, y), bs=dl.bs, shuffle=dl is plain, drop_last=False, num_workers=0, device=dl.device))
+    out[0].rng.setstate(train.rng.getstate())
+    return DataLoaders(*out, device=train.device)
+
+def trains_on_features(learn:Learner)->bool:
+    "Does the network see the same images in every epoch, and only its head learns?"
+    return bool(learn.features and learn.method.mda == 'plain' and n_tuned(learn.model.head) and not n_tuned(learn.model.backbone))
+
+@contextmanager
+def on_features(learn:Learner):
+    "Meanwhile the head is trained on kept features, if that is the same"
+    if not trains_on_features(learn):
+        yield
+        return
+    dls, model, learn.opt = learn.dls, learn.model, None
+    learn.dls = feature_dls(learn)
+    learn.model = LiftModel(Known(learn.backbone.n_features), model.head, model.precision)
+    try: yield
+    finally:
+        dls.train.rng.setstate(learn.dls.train.rng.getstate())
+        learn.dls, learn.model, learn.opt = dls, model, None
 
 # %% ../nbs/13_learner.ipynb #e96adc4f
 @patch
@@ -305,9 +365,10 @@ def fit_lift(self:Learner,
 ):
     "Train with the method's epochs, learning rate and schedule; with `resume` see `fit_resumably`"
     epochs, cbs = self.method.epochs if epochs is None else epochs, [EpochCosine(), *L(cbs)]
-    if not resume: return self.fit(epochs, lr, cbs=cbs)
     folder = self.path/self.model_dir/'resume' if resume is True else resume
-    fit_resumably(self, epochs, lr, cbs, folder, minutes, steps, about=vars(self.method))
+    with on_features(self):
+        if resume: fit_resumably(self, epochs, lr, cbs, folder, minutes, steps, about=vars(self.method))
+        else: self.fit(epochs, lr, cbs=cbs)
 
 # %% ../nbs/13_learner.ipynb #80d31757
 @patch
@@ -325,6 +386,13 @@ def tte_dl(self:Learner,
     "A DataLoader that yields five crops of each test image, for `AverageCrops`"
     return (dl or self.dls.valid).new(after_item=Pipeline([FiveCrops(self.backbone.resolution, expand), ToTensor()]))
 
+@contextmanager
+def kept_history(learn:Learner):
+    "Afterwards the recorder holds the last training, whatever fastai has written over it"
+    kept = {k: v for k, v in vars(learn.recorder).items() if k in learn.recorder._stateattrs}
+    try: yield
+    finally: vars(learn.recorder).update(kept)
+
 @patch
 def logits(self:Learner,
     dl=None, # None: the test set's
@@ -332,7 +400,7 @@ def logits(self:Learner,
     expand:int|None=None, # margin of the five crops in pixels
 ): # (N, C) raw logits, (N,) labels
     "Raw logits and labels, on the CPU"
-    return self.get_preds(dl=self.tte_dl(expand, dl) if tte else dl or self.dls.valid, act=_identity)
+    with kept_history(self): return self.get_preds(dl=self.tte_dl(expand, dl) if tte else dl or self.dls.valid, act=_identity)
 
 def _identity(x): return x
 

@@ -18,7 +18,7 @@ from typing import get_args
 
 from .basics import PRECISIONS, LiftError, check_frozen, lookup, nearest
 from .benchmarks import DATASETS
-from .augment import MDA_SCHEDULES
+from .augment import TRAIN_CROPS
 from .backbones import BACKBONES, CLIP_STATS, check_backbone
 from .text import TEMPLATE
 from .surgery import checked_size, read_methods
@@ -87,6 +87,7 @@ class Recipe:
     test_pct: float|None = None # part of a folder that becomes the test set; none: 0.2, or its own test folder
     skip_corrupt: bool|None = None # leave out images that cannot be read?
     checkpoint: str|None = None # local file of the backbone's weights
+    features: str|None = None # folder where features of frozen networks are kept; none: computed each time
     resolution: int|None = None # pixels of the images; none: the backbone's
     mean: tuple|None = None # (3,) of the images in [0, 1]; none: the backbone's
     std: tuple|None = None # (3,) of the images; none: the backbone's
@@ -160,7 +161,7 @@ def three_floats(name, value):
     return tuple(map(float, value))
 
 # %% ../nbs/12_recipes.ipynb #e3ab14f9
-CHOICES = dict(method=('method', METHODS), loss=('loss', LOSSES), init=('initialisation', INITS), mda=('schedule of the crop', MDA_SCHEDULES),
+CHOICES = dict(method=('method', METHODS), loss=('loss', LOSSES), init=('initialisation', INITS), mda=('schedule of the crop', TRAIN_CROPS),
     precision=('precision', PRECISIONS), test_precision=('precision', PRECISIONS), frozen_precision=('precision', PRECISIONS),
     nonfinite=('answer to a loss that is no number', NONFINITE))
 
@@ -181,7 +182,7 @@ def check_ctx(place):
 def check_mda(value):
     "Raise `LiftError` unless it is a schedule, True or False"
     if not (isinstance(value, (bool, str)) or callable(value)):
-        raise LiftError(f'Option mda must be a schedule of {list(MDA_SCHEDULES)}, True or False, not {value!r:.80}')
+        raise LiftError(f'Option mda must be one of {list(TRAIN_CROPS)}, True or False, not {value!r:.80}')
 
 def check_accum_step(value):
     "Raise `LiftError` unless it is a number of pieces or 'auto'"
@@ -286,14 +287,14 @@ def data_word(data, # a name of `DATASETS` or a path
     word = re.split(r'[/\\]', str(data).rstrip('/\\'))[-1]
     return word if word.strip('.') else Path(data).resolve().name or 'data'
 
-UNDECIDING = ('root', 'lists', 'checkpoint', 'num_workers', 'device')
+UNDECIDING = ('root', 'lists', 'checkpoint', 'features', 'num_workers', 'device')
 
 def deciding(recipe:dict, # complete
 )->dict: # setting → value
     "The settings that decide a result; where data and weights lie and what computes does not"
     return {k: v for k, v in recipe.items() if k not in UNDECIDING and v is not None}
 
-NOT_IN_NAMES = ('data', 'backbone', 'method', 'root', 'lists', 'checkpoint', 'num_workers', 'device', 'recompute')
+NOT_IN_NAMES = ('data', 'backbone', 'method', 'root', 'lists', 'checkpoint', 'features', 'num_workers', 'device', 'recompute')
 
 def run_name(**options, # as given to `resolve`
 )->str:

@@ -130,6 +130,7 @@ def carry_out(name:str, options:dict, folder, # as in `carry_out_all`
 )->dict: # a row of the tidy table
     "One run, or what it left when it is finished already"
     place = place_of(options, folder)
+    options = dict(features=str(Path(folder)/'features')) | options
     try: r = run(place, validate=False, resume=True, echo=echo or (lambda line: None), **options)
     except (LiftError, OSError, RuntimeError) as e: return problem(name, options.get('seed'), place, e) # such as a full disk, or no memory on the GPU
     return dict(name=name, seed=r['seed'], hash=recipe_hash(r['recipe']), **{c: r[c] for c in COLUMNS}, trained_parameters=r['trained_parameters'],
