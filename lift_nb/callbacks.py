@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NONFINITE', 'EpochCosine', 'CropSchedule', 'FrozenEval', 'AccumulateGradients', 'AdjustLogits', 'AverageCrops',
-           'copies', 'put_back_where', 'images_of', 'StopOnNonFinite', 'ScaleLoss', 'WatchLoading', 'SkipValidation']
+           'copies', 'put_back_where', 'images_of', 'StopOnNonFinite', 'ScaleLoss', 'SmoothLoss', 'WatchLoading',
+           'SkipValidation']
 
 # %% ../nbs/11_callbacks.ipynb #b83c1d23
 import math, os, time
@@ -15,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException, CancelValidException, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import AvgSmoothLoss
 
 from .basics import LiftError, lookup
 from .processes import inner
@@ -203,6 +205,13 @@ class ScaleLoss(StopOnNonFinite):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.scaler.load_state_dict(state['scaler'])
+
+# %% ../nbs/11_callbacks.ipynb #829f2940
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed training loss, kept on the device"
+    def accumulate(self, learn):
+        loss = learn.loss.detach().as_subclass(Tensor).float().mean()
+        self.count, self.val = self.count+1, torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 # %% ../nbs/11_callbacks.ipynb #d0e3f12e
 class WatchLoading(Callback):

@@ -25,6 +25,8 @@ from textwrap import fill
 import pandas as pd
 
 from .basics import LiftError, lookup
+from .files import replacing
+from .processes import is_main, launched, part
 from .benchmarks import DATASETS
 from .inspect_data import data_job
 from .backbones import BACKBONES
@@ -35,7 +37,7 @@ from .losses import LOSSES
 from .recipes import METHODS, Method, Recipe, resolve, resolve_with_sources, run_name
 from .options import MODULES, ORIGINAL, PARTS, RUN_OPTIONS, check_name, parse_value, translate
 import lift_nb.experiment as experiment
-import lift_nb.bench as benchmarks
+import lift_nb.speed as speed
 import lift_nb.reproduce as reproduce
 import lift_nb.tables as tables
 import lift_nb.predictions as predictions
@@ -92,19 +94,19 @@ def plan(settings:dict, # of `Recipe` and `run`
 # %% ../nbs/17_cli.ipynb #90f1dfd7
 GROUPS = {
     'Data': 'root lists split test_pct skip_corrupt template num_workers',
-    'Backbone': 'checkpoint resolution mean std',
+    'Backbone': 'checkpoint features resolution mean std',
     'Modules and head': 'modules layers dim head scale init',
     'Without a classifier': 'text_modules text_layers text_dim ctx ctx_len adapter_dim',
     'Training': 'loss tau mda epochs lr weight_decay momentum batch_size accum_step nonfinite recompute',
     'Test': 'expand tte tte_expand test_precision test_only model_dir',
-    'Run': 'output_dir resume save_minutes save_steps validate print_freq seed deterministic device precision frozen_precision',
+    'Run': 'output_dir resume save_minutes save_steps validate print_freq seed deterministic device precision frozen_precision compile',
 }
 
 TABLES = dict(ADAPTERS=ADAPTERS, HEADS=HEADS, TEXT_HEADS=TEXT_HEADS, INITS=INITS, LOSSES=LOSSES)
 
 def field_docs(record)->dict: # name → (default, meaning)
     "Fields of a dataclass with their defaults and the comments beside them"
-    notes = dict(re.findall(r'^    (\w+): .*?# (.*)$', getsource(record), re.M))
+    notes = dict(re.findall(r'^    (\w+): .*?# (.*)$', '\n'.join(map(getsource, record.__mro__[:-1])), re.M))
     def spelled(text): return re.sub(r'(?:a name|names) of `(\w+)`', lambda m: ', '.join(TABLES[m[1]]) if m[1] in TABLES else m[0], text)
     return {f.name: (f.default, spelled(notes.get(f.name, ''))) for f in fields(record)}
 
@@ -134,7 +136,7 @@ USAGE = """lift_nb [-d DATA] [-b BACKBONE] [-m METHOD] [key value]… [--dry-run
 
 Long-tail learning with LIFT+. Without arguments: zero-shot, cross-entropy and LIFT+ on the embedded digits, side by side.
   lift_nb data PATH                              what is in a folder, a table or a named data set, and what is wrong with it
-  lift_nb bench [step|modules|text] [backbone]   measures this machine
+  lift_nb bench [step|modules|text|loop|tte|loading|features|compile|start|all] [backbone]   measures this machine
   lift_nb methods [seeds]                        compares all methods on the digits
   lift_nb reproduce TABLE [seeds N] [ray auto]   carries out a table of the papers, resumably; --dry-run lists its runs
   lift_nb table TABLE [against ROW]              shows it with intervals, beside the numbers of record; tests each row against one
@@ -159,6 +161,7 @@ def help_text()->str:
 def main_job():
     "Zero-shot, cross-entropy and LIFT+ side by side"
     results = experiment.compare(experiment.MAIN_JOB)
+    if not is_main(): return
     print(f"\n{experiment.table(results).round(1).to_string(na_rep='–')}\n\nin percent; trained from {results['LIFT+']['class_counts']} images a class, "
           f"tested on 50 a class\npicture: {Path('output/comparison.png').resolve()}\neverything: {Path('output').resolve()}")
 
@@ -166,13 +169,17 @@ def single_run(settings:dict): # of `Recipe` and `run`
     "One recipe; prints its scores and its folder"
     folder = folder_of(settings)
     r = experiment.run(**{**settings, 'output_dir': folder})
-    print(f"\n{experiment.table({r['recipe']['method']: r}).round(1).to_string(na_rep='–')}\n\neverything: {folder.resolve()}")
+    if is_main(): print(f"\n{experiment.table({r['recipe']['method']: r}).round(1).to_string(na_rep='–')}\n\neverything: {folder.resolve()}")
 
-def bench_job(what='step', # a name of `BENCHES`
-    backbone='clip_vit_b16', # a name of `BACKBONES`
+def bench_job(what='step', # a name of `BENCHES` or `SPEEDS`, or 'all'
+    backbone=None, # a name of `BACKBONES`; None: the benchmark's own
 ):
-    "Print a benchmark"
-    print(benchmarks.machine(), lookup(benchmarks.BENCHES, what, 'benchmark')(backbone).round(7).to_string(header=False), sep='\n')
+    "Print a benchmark; 'all' carries out every one and leaves output/bench.csv"
+    if what != 'all': return print(speed.machine(), speed.measured(what, backbone).round(7).to_string(header=False), sep='\n')
+    found, path = speed.bench_all(), Path('output/bench.csv')
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as part: found.to_csv(part, index=False)
+    print(speed.machine(), found.drop(columns='machine').round(7).to_string(index=False), path.resolve(), sep='\n')
 
 # %% ../nbs/17_cli.ipynb #fa0635f9
 def methods_job(seeds='3'):
@@ -255,6 +262,7 @@ def command(name:str, *words):
     takes = signature(COMMANDS[name])
     try: takes.bind(*words)
     except TypeError: raise LiftError(f"'lift_nb {name}' takes {list(takes.parameters)}, not {' '.join(words)!r}") from None
+    if launched() > 1: raise LiftError(f"'lift_nb {name}' is for one process; several train a single run: lift_nb -d … -b … -m …")
     COMMANDS[name](*words)
 
 def job(argv, # words that are no command
@@ -281,4 +289,5 @@ def main(argv=None, # words after the program's name; None: those of this proces
     except KeyboardInterrupt:
         print('lift_nb: interrupted', file=sys.stderr)
         return 130
+    part()
     return 0

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['POINTS', 'PACKAGES', 'PUT_BACK', 'COLUMNS', 'MAIN_JOB', 'finished', 'set_aside', 'save_tuned', 'Log', 'EpochLog',
            'versions', 'Phases', 'learner_options', 'choose_device', 'build', 'put_back_own', 'put_back_original',
-           'put_back', 'compute_in', 'describe', 'quiet', 'train', 'test', 'finish', 'run', 'summary', 'table',
-           'compare']
+           'put_back', 'compute_in', 'describe', 'held', 'watchers', 'quiet', 'train', 'test', 'finish', 'run',
+           'summary', 'table', 'compare']
 
 # %% ../nbs/15_experiment.ipynb #22bfb61c
 import json, platform, shutil, sys, time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,13 @@ import pandas as pd
 import matplotlib.pyplot as plt
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from fastcore.basics import noop
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import set_seed
 
 from .basics import LiftError
+from .processes import by_main, is_main, meet, none_lost, together, world
 from .files import as_json, read_tensors, write_json, write_tensors
 from .surgery import load_tuned, n_tuned, tuned_state
 from .text_heads import TextHead
@@ -32,6 +34,7 @@ from .predictions import prediction_table, write_predictions
 from .callbacks import EpochCosine, SkipValidation, WatchLoading
 from .lock import LOCK, locked
 from .resume import fit_resumably, points
+from .distributed import in_all
 from .recipes import Recipe, deciding, resolve, run_name
 from .learner import LiftModel
 from .interop import choose_entries, fill, read_original
@@ -135,6 +138,7 @@ def choose_device(name, # 'cpu', 'cuda', 'cuda:1' or None
         return torch.device('cpu')
     device, n = torch.device(name), torch.cuda.device_count()
     if (device.index or 0) >= n: raise LiftError(f"There is no GPU {device.index}; choose from {list(range(n))}")
+    if device.index is not None and together(): raise LiftError(f"Each of several processes has its own GPU, so device cannot be '{name}'; leave it out")
     return device
 
 def build(r:Recipe, # resolved
@@ -187,16 +191,27 @@ def describe(learn, r, s, phases)->dict: # what goes into result.json
     "Recipe, circumstances and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
     return dict(recipe=asdict(r), seed=r.seed, versions=versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(), **scores,
-        seconds=phases.seconds, trained_parameters=n_tuned(learn.model), weights=learn.backbone.weights, device=str(learn.dls.device))
+        seconds=phases.seconds, trained_parameters=n_tuned(learn.model), weights=learn.backbone.weights, device=str(learn.dls.device), processes=world())
 
 # %% ../nbs/15_experiment.ipynb #4b8edbf2
+@contextmanager
+def held(folder, # of a run
+    say=print, # where to tell what was found there
+): # yields the folder as a `Path`
+    "The folder, `locked` by the main process for all"
+    with ExitStack() as stack: yield by_main(stack.enter_context, locked(folder, say))
+
+def watchers(log, folder, every, validate)->list: # callbacks
+    "What tells of a training while it goes on"
+    return [*([EpochLog(log, folder/'tensorboard', every)] if is_main() else []), *([] if validate else [SkipValidation()])]
+
 def quiet(learn):
     "No progress bar unless somebody watches"
-    return learn.no_bar() if not sys.stdout.isatty() else nullcontext()
+    return learn.no_bar() if not (sys.stdout.isatty() and is_main()) else nullcontext()
 
 def train(learn, r, log, folder, phases, cbs, **saving): # `minutes` and `steps` of `fit_resumably`
     "Fit the recipe's epochs, with save points, going on from the newest that is there"
-    with phases('train'), quiet(learn), learn.no_logging():
+    with phases('train'), in_all(learn, True), quiet(learn), learn.no_logging(), learner.on_features(learn):
         earlier = fit_resumably(learn, r.epochs, cbs=[EpochCosine(), WatchLoading(log), *cbs], folder=folder/POINTS,
             about=deciding(asdict(r)), say=log, **saving)
     phases.seconds['train'] = round(phases.seconds['train'] + earlier, 2)
@@ -204,7 +219,7 @@ def train(learn, r, log, folder, phases, cbs, **saving): # `minutes` and `steps`
 def test(learn, r, phases)->tuple: # scores, predictions
     "Look at the test images in the recipe's way"
     compute_in(learn.model, r.test_precision)
-    with phases('test'), quiet(learn): logits, labels = learn.logits(tte=r.tte, expand=r.tte_expand)
+    with phases('test'), in_all(learn), quiet(learn): logits, labels = learn.logits(tte=r.tte, expand=r.tte_expand)
     return score_preds(logits, labels, learn.counts), prediction_table(learn.data.test_images, logits, labels)
 
 def finish(folder, learn, r, s, predictions, phases, name='result'):
@@ -238,19 +253,21 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
     "Carry out one recipe and leave everything in its folder"
     if resume and test_only: raise LiftError('resume goes on with a training, test_only starts none; give one of them')
     r, phases = resolve(**options), Phases()
-    with locked(output_dir or Path('output')/run_name(**options), echo) as folder:
-        if resume and (result := finished(folder, r)): return result
+    meet(r.device)
+    echo = echo if is_main() else noop
+    with none_lost(), held(output_dir or Path('output')/run_name(**options), echo) as folder:
+        if resume and (result := by_main(finished, folder, r)): return result
         with phases('build'): learn = build(r, say=echo)
-        if not test_only: set_aside(folder, echo, resume)
-        log = Log(folder/'log.txt', echo)
+        if not test_only: by_main(set_aside, folder, echo, resume)
+        log = Log(folder/'log.txt', echo) if is_main() else noop
+        if learn.compile_seconds: log(f'Compiled the image tower in {learn.compile_seconds:.1f} s')
         log(f"{r.method} on {learn.data}\n{n_tuned(learn.model):,} trained parameters; {as_json({k: v for k, v in asdict(r).items() if v is not None})}")
         if test_only: put_back(learn, model_dir or folder)
         elif r.epochs and n_tuned(learn.model):
-            cbs = [EpochLog(log, folder/'tensorboard', print_freq), *([] if validate else [SkipValidation()])]
-            train(learn, r, log, folder, phases, cbs, minutes=save_minutes, steps=save_steps)
+            train(learn, r, log, folder, phases, watchers(log, folder, print_freq, validate), minutes=save_minutes, steps=save_steps)
         s, predictions = test(learn, r, phases)
         log(summary(s))
-        return finish(folder, learn, r, s, predictions, phases, 'test_only' if test_only else 'result')
+        return by_main(finish, folder, learn, r, s, predictions, phases, 'test_only' if test_only else 'result')
 
 def summary(s:Scores)->str:
     "One line of scores; a dash for an empty group"
@@ -275,7 +292,8 @@ def compare(recipes:dict, # name → options of `run`
     first = next(iter(results.values()))
     title = f"{first['recipe']['data']}, {first['recipe']['backbone']}"
     fig = plot_per_class({n: r['per_class'] for n, r in results.items()}, first['class_counts'], title=title).figure
-    fig.savefig(folder/'comparison.png', dpi=150, bbox_inches='tight'); plt.close(fig)
+    if is_main(): fig.savefig(folder/'comparison.png', dpi=150, bbox_inches='tight')
+    plt.close(fig)
     return results
 
 # %% ../nbs/15_experiment.ipynb #21d84b41

@@ -31,6 +31,7 @@ import fastai.vision.learner  # teaches show_results about images
 from fasttransform import Pipeline
 
 from .basics import LiftError, autocast, check_frozen, lookup
+from .processes import together
 from .data import LongTailData, SeededDL, class_counts, dataloaders, long_tail_subset
 from .benchmarks import load_data
 from .augment import CenterCrop, FiveCrops, MinimalistCrop, train_crop
@@ -42,11 +43,12 @@ from .features import FeatureCache, Known
 from .text_heads import TextHead, create_text_head, is_text_head, zero_shot_head
 from .losses import LOSSES, CrossEntropy, LogitAdjustment
 from .metrics import Scores, group_metrics, score_preds
-from .callbacks import AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, EpochCosine, FrozenEval, ScaleLoss, StopOnNonFinite
+from .callbacks import AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, EpochCosine, FrozenEval, ScaleLoss, SmoothLoss, StopOnNonFinite
 from .resume import fit_resumably, random_state, set_random_state
 from .distributed import GatherLogits, ShareBatches, check_shares
 from .recipes import METHODS, Method
 from .memory import choose_accum_step, lean
+from .compiling import compile_tower
 
 # %% ../nbs/13_learner.ipynb #7d14c0e1
 class LiftModel(nn.Sequential):
@@ -221,6 +223,7 @@ def build_learner(dls:DataLoaders, # training and test set
         metrics=[*group_metrics(counts), *(metrics or [])], **kwargs,
         cbs=[*method_callbacks(m, dls, accum_step, model.precision, nonfinite), *loss_cbs, *(cbs or [])])
     learn.method, learn.counts, learn.accum_step = m, counts, accum_step
+    learn.recorder.smooth_loss = SmoothLoss()
     return learn
 
 # %% ../nbs/13_learner.ipynb #b5c67321
@@ -301,6 +304,7 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     classes=None, # C class names for the prompts; None: those of the data
     root=None, # where a named data set lies or is downloaded to
     features=None, # folder where features of the frozen network are kept; None: they are computed each time
+    compile:bool=False, # compile the image tower? Takes a minute first
     mean=None, # (3,) of the images; None: the backbone's
     std=None, # (3,) of the images; None: the backbone's
     **kwargs, # for the backbone, the DataLoaders, the model or the `Learner`: see above
@@ -308,13 +312,12 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     "A fastai `Learner` that trains LIFT+ (or another method) on long-tailed data"
     m = method_row(method, modules=modules, text_modules=text_modules, head=head, loss=loss, mda=mda, epochs=epochs, lr=lr, batch_size=batch_size)
     b, options = with_stats(create_backbone(backbone, **take(kwargs, create_backbone)), mean, std), take(kwargs, lift_dataloaders)
-    given = dict(mda=mda, batch_size=batch_size, root=root, features=features, **asked_of_data(kwargs))
-    data, dls, before = find_data(dls, b, m, accum_step, options, given)
+    data, dls, before = find_data(dls, b, m, accum_step, options, dict(mda=mda, batch_size=batch_size, root=root, features=features, **asked_of_data(kwargs)))
     labels = data.train_labels if data else train_labels(dls)
     model = build_model(b, m, dls, labels, class_names(data, dls, classes), cache=features and FeatureCache(features, data), **take(kwargs, build_model))
     if accum_step == 'auto': dls, accum_step = loaders_that_fit(data, b, m, model, before, options)
     learn = build_learner(dls, model, m, class_counts(labels, dls.c), accum_step=accum_step, **kwargs)
-    learn.backbone, learn.data, learn.features = b, data, features
+    learn.backbone, learn.data, learn.features, learn.compile_seconds = b, data, features, compile and compile_tower(model, dls.train.bs, b.resolution)
     return learn
 
 # %% ../nbs/13_learner.ipynb #f758e82b
@@ -337,7 +340,7 @@ def feature_dls(learn:Learner)->DataLoaders:
 
 def trains_on_features(learn:Learner)->bool:
     "Does the network see the same images in every epoch, and only its head learns?"
-    return bool(learn.features and learn.method.mda == 'plain' and n_tuned(learn.model.head) and not n_tuned(learn.model.backbone))
+    return bool(learn.features and not together() and learn.method.mda == 'plain' and n_tuned(learn.model.head) and not n_tuned(learn.model.backbone))
 
 @contextmanager
 def on_features(learn:Learner):

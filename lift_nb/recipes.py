@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DATA_SETTINGS', 'FAMILIES', 'BACKBONE_SETTINGS', 'POSITIVE', 'NOT_NEGATIVE', 'CHOICES', 'CHECKS',
-           'TEXT_ONLY', 'UNDECIDING', 'NOT_IN_NAMES', 'Method', 'backbone_row', 'Recipe', 'option_names', 'typed',
-           'check_range', 'three_floats', 'check_data', 'check_head', 'check_ctx', 'check_mda', 'check_accum_step',
-           'check_device', 'checked', 'check_layers', 'check_modules', 'check_together', 'settings_by_source',
-           'resolve_with_sources', 'resolve', 'as_word', 'data_word', 'deciding', 'run_name']
+           'TEXT_ONLY', 'UNDECIDING', 'NOT_IN_NAMES', 'Method', 'backbone_row', 'Source', 'Recipe', 'option_names',
+           'typed', 'check_range', 'three_floats', 'check_data', 'check_head', 'check_ctx', 'check_mda',
+           'check_accum_step', 'check_device', 'checked', 'check_layers', 'check_modules', 'check_together',
+           'settings_by_source', 'resolve_with_sources', 'resolve', 'as_word', 'data_word', 'deciding', 'run_name']
 
 # %% ../nbs/12_recipes.ipynb #5a60965f
 import math, os, re
@@ -76,8 +76,8 @@ BACKBONE_SETTINGS = {'tiny_clip': dict(resolution=32, **FAMILIES['clip']), **{n:
 
 # %% ../nbs/12_recipes.ipynb #0d60daae
 @dataclass(frozen=True)
-class Recipe:
-    "Everything that decides what a run computes"
+class Source:
+    "What a run begins from: images and a network"
     data: str = 'digits_lt' # a name of `DATASETS`, or a folder of images
     backbone: str = 'tiny_clip' # a name of `BACKBONES`, timm or open_clip
     method: str = 'lift+' # a name of `METHODS`
@@ -91,6 +91,11 @@ class Recipe:
     resolution: int|None = None # pixels of the images; none: the backbone's
     mean: tuple|None = None # (3,) of the images in [0, 1]; none: the backbone's
     std: tuple|None = None # (3,) of the images; none: the backbone's
+
+# %% ../nbs/12_recipes.ipynb #00b8e272
+@dataclass(frozen=True)
+class Recipe(Source):
+    "Everything that decides what a run computes"
     modules: object = None # as in `Method`
     layers: object = None # adapted blocks: none (all), a number (the last so many), or a list
     dim: int|float|None = None # width of the modules, or aft's ratio; none: from the number of classes
@@ -115,6 +120,7 @@ class Recipe:
     accum_step: int|str = 1 # pieces into which a batch is cut; auto: as few as fit into the memory
     nonfinite: str = 'stop' # at a loss that is NaN or infinite: stop, or skip that batch
     recompute: bool = False # compute blocks again in the backward pass? Less memory, more time
+    compile: bool = False # compile the image tower? Takes a minute first
     precision: str = 'fp32' # of the network in training: fp32, bf16 or fp16
     frozen_precision: str = 'fp32' # in which frozen weights are kept: fp32, or bf16 or fp16 for half the memory
     test_precision: str|None = None # of the network in the test; none: as in training
