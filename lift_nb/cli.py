@@ -6,7 +6,8 @@
 __all__ = ['SHORT', 'FLAGS', 'GROUPS', 'TABLES', 'USAGE', 'CARRY_OUT', 'COMMANDS', 'read_words', 'parse_args', 'split_settings',
            'shown', 'folder_of', 'plan', 'field_docs', 'option_docs', 'option_lines', 'switch_lines', 'help_text',
            'main_job', 'single_run', 'bench_job', 'methods_job', 'split_words', 'carry_out', 'show_table',
-           'reproduce_job', 'sweep_job', 'table_job', 'compare_job', 'last_sentence', 'command', 'job', 'main']
+           'reproduce_job', 'sweep_job', 'table_job', 'read_own', 'predict_job', 'compare_job', 'last_sentence',
+           'command', 'job', 'main']
 
 # %% ../nbs/17_cli.ipynb #02e31794
 import warnings
@@ -34,10 +35,11 @@ from .surgery import ADAPTERS
 from .heads import HEADS, INITS
 from .text_heads import TEXT_HEADS
 from .losses import LOSSES
-from .recipes import METHODS, Method, Recipe, resolve, resolve_with_sources, run_name
-from .options import MODULES, ORIGINAL, PARTS, RUN_OPTIONS, check_name, parse_value, translate
+from .recipes import METHODS, Method, Recipe, check_device, resolve, resolve_with_sources, run_name
+from .options import MODULES, ORIGINAL, PARTS, RUN_OPTIONS, check_name, flag, parse_value, translate, whole
 import lift_nb.experiment as experiment
 import lift_nb.speed as speed
+import lift_nb.predictor as predictor
 import lift_nb.reproduce as reproduce
 import lift_nb.tables as tables
 import lift_nb.predictions as predictions
@@ -141,6 +143,7 @@ Long-tail learning with LIFT+. Without arguments: zero-shot, cross-entropy and L
   lift_nb reproduce TABLE [seeds N] [ray auto]   carries out a table of the papers, resumably; --dry-run lists its runs
   lift_nb table TABLE [against ROW]              shows it with intervals, beside the numbers of record; tests each row against one
   lift_nb compare FIRST SECOND                   paired test of two runs' folders on the same test images
+  lift_nb predict RUN IMAGES… [top N] [out FILE] what a trained model takes images, or those of a folder, for
   lift_nb sweep … lr 0.01,0.02 seed 0:5          every combination of the values
 
   -d DATA        {data}, or a folder of images
@@ -246,12 +249,34 @@ def table_job(table, # a name of `FAMILIES`, or 'sweep'
     if not path.is_file(): raise LiftError(f"There are no runs '{path}'; carry them out with lift_nb reproduce {table}")
     show_table(pd.read_csv(path), path, own.get('against'))
 
+# %% ../nbs/17_cli.ipynb #27322fd7
+def read_own(name:str, text:str, reader): # option of a command, as typed, how it is read
+    "Its value; raises `LiftError` that names the option"
+    try: return reader(text)
+    except LiftError as e: raise LiftError(f'Option {name} {e}') from None
+
+def predict_job(run, # folder of a run, or a file of `save_lift`
+    *words, # images and folders, and `top N`, `tte True`, `out FILE`, `checkpoint FILE`, `device NAME`
+):
+    "Print, or write as csv, what a trained model takes images for"
+    own, images = split_words(words, ('top', 'tte', 'out', 'checkpoint', 'device'))
+    if not images: raise LiftError("'lift_nb predict' needs images or folders behind the run")
+    if lost := [i for i in images if not Path(i).exists()]: raise LiftError(f'There is no image or folder {lost[0]!r}')
+    check_device(own.get('device', 'cpu'))
+    p = predictor.load_lift(run, checkpoint=own.get('checkpoint'), device=experiment.choose_device(own.get('device', 'cpu')))
+    top, tte = (read_own(n, own.get(n, t), f) for n, t, f in (('top', '1', whole), ('tte', 'False', flag)))
+    found = p.predict([x for i in images for x in predictor.listed(i)], top, tte=tte)
+    if 'out' not in own: return print(found.round(4).to_string(index=False))
+    with replacing(own['out']) as part: found.to_csv(part, index=False)
+    print(f"{len(found)} rows: {Path(own['out']).resolve()}")
+
 def compare_job(first, second): # folders of two runs
     "Print the paired test of two runs on the same test images"
     print(predictions.compare_files(first, second).rename(columns=dict(first=first, second=second)).round(3).to_string())
 
 # %% ../nbs/17_cli.ipynb #88524209
-COMMANDS = dict(data=data_job, bench=bench_job, methods=methods_job, reproduce=reproduce_job, sweep=sweep_job, table=table_job, compare=compare_job)
+COMMANDS = dict(data=data_job, bench=bench_job, methods=methods_job, reproduce=reproduce_job, sweep=sweep_job, table=table_job, compare=compare_job,
+    predict=predict_job)
 
 def last_sentence(e:Exception)->str:
     "The message of a `LiftError`, also when a worker process raised it"

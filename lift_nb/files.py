@@ -80,8 +80,7 @@ def read_tensors(path:Path, # what `write_tensors` wrote
     if not Path(path).is_file(): raise LiftError(f"There is no file '{path}'")
     try:
         with safe_open(path, 'pt') as f: tensors, about = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
-        about.pop('format', None)
-        if about.pop('sha256', None) != seal(tensors, about): raise ValueError('its checksum does not fit')
+        if about.pop('format', None) != 'pt' or about.pop('sha256', None) != seal(tensors, about): raise ValueError('its checksum does not fit')
         return tensors, {k: json.loads(v) for k, v in about.items()}
     except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as e: reason = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
     raise LiftError(f"'{path}' is damaged or no file of this library ({reason})")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA_OPTIONS', 'LiftModel', 'lift_dataloaders', 'normalised', 'given_dataloaders', 'train_labels', 'AsTest',
-           'plain_train_batches', 'tuned_groups', 'start_of', 'make_head', 'take', 'make_loss', 'build_model',
-           'method_callbacks', 'build_learner', 'method_row', 'with_stats', 'class_names', 'if_auto',
-           'loaders_that_fit', 'asked_of_data', 'find_data', 'lift_plus_learner', 'Rows', 'feature_dls',
+           'plain_train_batches', 'tuned_groups', 'start_of', 'make_head', 'take', 'make_loss', 'assemble',
+           'build_model', 'method_callbacks', 'build_learner', 'method_row', 'with_stats', 'class_names', 'origin',
+           'if_auto', 'loaders_that_fit', 'asked_of_data', 'find_data', 'lift_plus_learner', 'Rows', 'feature_dls',
            'trains_on_features', 'on_features', 'kept_history']
 
 # %% ../nbs/13_learner.ipynb #072452d1
@@ -164,11 +164,11 @@ def make_loss(loss, # a name of `LOSSES`, or a ready loss (logits, labels) → m
 
 # %% ../nbs/13_learner.ipynb #123aceff
 @delegates(create_text_head, but=['text_modules'])
-def build_model(b:Backbone, # frozen
+def assemble(b:Backbone, # frozen
     m:Method, # head and modules
-    dls:DataLoaders, # number of classes, and images for a class-mean start
-    labels, # (N,) of the training set
     classes, # C class names for the prompts
+    device, # where it computes
+    start=None, # backbone and batches for the head's initialisation: see `start_of`; None: there are no images
     layers=None, # adapted blocks: None (all), the last k, or a list
     dim:int|None=None, # width of the modules; None: from the number of classes
     init=None, # a name of `INITS` or a (C, d) matrix; None: the backbone's
@@ -177,19 +177,31 @@ def build_model(b:Backbone, # frozen
     precision:str='fp32', # in which the network computes, a name of `PRECISIONS`
     frozen_precision:str='fp32', # in which its frozen weights are kept: see `store_frozen`
     recompute:bool=False, # compute blocks again in the backward pass instead of keeping activations?
-    cache:FeatureCache|None=None, # of features; None: they are computed
     **kwargs, # for a head without classifier: see `create_text_head`
 )->LiftModel:
     "Backbone, modules and head"
     check_frozen(precision, frozen_precision)
-    choose_attention(b.model.to(dls.device), dls.device)
-    with autocast(dls.device, precision):
-        head = make_head(m, *start_of(b, plain_train_batches(dls, labels), cache, precision), classes, init, scale, template, precision, kwargs)
-    if m.modules != 'none': adapt(b.model, m.modules, dls.c, layers, dim)
+    choose_attention(b.model.to(device), device)
+    with autocast(device, precision): head = make_head(m, *(start or (b, None)), classes, init, scale, template, precision, kwargs)
+    if m.modules != 'none': adapt(b.model, m.modules, len(classes), layers, dim)
     first_token_only(b.model)
     lean(b.model, frozen_precision, recompute and n_tuned(b.model) > 0) # a tower that trains nothing keeps nothing anyway
     if isinstance(head, TextHead): lean(head.tower, frozen_precision, recompute and n_tuned(head) > 0)
-    return LiftModel(b.model, head, precision, frozen_precision).to(dls.device)
+    return LiftModel(b.model, head, precision, frozen_precision).to(device)
+
+@delegates(assemble, but=['start'])
+def build_model(b:Backbone, # frozen
+    m:Method, # head and modules
+    dls:DataLoaders, # images for a class-mean start
+    labels, # (N,) of the training set
+    classes, # C class names for the prompts
+    cache:FeatureCache|None=None, # of features; None: they are computed
+    precision:str='fp32', # in which the network computes, a name of `PRECISIONS`
+    **kwargs, # see `assemble`
+)->LiftModel:
+    "The model for these data"
+    start = start_of(b, plain_train_batches(dls, labels), cache, precision)
+    return assemble(b, m, classes, dls.device, start, precision=precision, **kwargs)
 
 # %% ../nbs/13_learner.ipynb #299e42a4
 def method_callbacks(m:Method, # crop schedule
@@ -248,6 +260,10 @@ def class_names(data, # `LongTailData` or None
     if len(classes) != dls.c: raise LiftError(f'{len(classes)} class names were given for {dls.c} classes')
     return classes
 
+def origin(backbone, source:dict, parts:dict, names, model)->dict:
+    "What [save_lift](14a_predictor.ipynb) has to know: how the network was asked for, how the model was put together, and what is trained in it"
+    return dict(backbone=dict(source, name=backbone), parts=parts, names=names, tuned=[n for n, p in model.named_parameters() if p.requires_grad])
+
 # %% ../nbs/13_learner.ipynb #490bb685
 def if_auto(accum_step, # a number of pieces or 'auto'
     then, otherwise=None,
@@ -276,13 +292,15 @@ def asked_of_data(options:dict, # options by name; those of the data are removed
 def find_data(dls, # what `lift_plus_learner` was given
     b:Backbone, m:Method, accum_step, # resolution, crops, pieces of a batch
     options:dict, # of `lift_dataloaders`
-    given:dict, # further options that ready DataLoaders have decided already
-)->tuple: # `LongTailData` or None, DataLoaders, the random state before these were made
+    **given, # further options that ready DataLoaders have decided already
+)->tuple: # `LongTailData` or None, DataLoaders, (N,) labels, the random state before these were made
     "Data and DataLoaders"
-    if isinstance(dls, DataLoaders): return None, given_dataloaders(dls, b, {**options, **given, 'accum_step': if_auto(accum_step, 'auto')}), random_state()
+    if isinstance(dls, DataLoaders):
+        dls = given_dataloaders(dls, b, {**options, **given, 'accum_step': if_auto(accum_step, 'auto')})
+        return None, dls, train_labels(dls), random_state()
     data = load_data(dls, given['root'], **{k: v for k, v in given.items() if k in DATA_OPTIONS and v is not None})
     before = random_state()
-    return data, lift_dataloaders(data, b, m, if_auto(accum_step, 1, accum_step), **options), before
+    return data, lift_dataloaders(data, b, m, if_auto(accum_step, 1, accum_step), **options), data.train_labels, before
 
 # %% ../nbs/13_learner.ipynb #a27b1d47
 @delegates(build_learner)
@@ -305,19 +323,19 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     root=None, # where a named data set lies or is downloaded to
     features=None, # folder where features of the frozen network are kept; None: they are computed each time
     compile:bool=False, # compile the image tower? Takes a minute first
-    mean=None, # (3,) of the images; None: the backbone's
-    std=None, # (3,) of the images; None: the backbone's
+    mean=None, std=None, # (3,) of the images; None: the backbone's
     **kwargs, # for the backbone, the DataLoaders, the model or the `Learner`: see above
 )->Learner:
     "A fastai `Learner` that trains LIFT+ (or another method) on long-tailed data"
     m = method_row(method, modules=modules, text_modules=text_modules, head=head, loss=loss, mda=mda, epochs=epochs, lr=lr, batch_size=batch_size)
-    b, options = with_stats(create_backbone(backbone, **take(kwargs, create_backbone)), mean, std), take(kwargs, lift_dataloaders)
-    data, dls, before = find_data(dls, b, m, accum_step, options, dict(mda=mda, batch_size=batch_size, root=root, features=features, **asked_of_data(kwargs)))
-    labels = data.train_labels if data else train_labels(dls)
-    model = build_model(b, m, dls, labels, class_names(data, dls, classes), cache=features and FeatureCache(features, data), **take(kwargs, build_model))
+    source, options, parts = (take(kwargs, f) for f in (create_backbone, lift_dataloaders, build_model))
+    b = with_stats(create_backbone(backbone, **source), mean, std)
+    data, dls, labels, before = find_data(dls, b, m, accum_step, options, mda=mda, batch_size=batch_size, root=root, features=features, **asked_of_data(kwargs))
+    model = build_model(b, m, dls, labels, names := class_names(data, dls, classes), cache=features and FeatureCache(features, data), **parts)
     if accum_step == 'auto': dls, accum_step = loaders_that_fit(data, b, m, model, before, options)
     learn = build_learner(dls, model, m, class_counts(labels, dls.c), accum_step=accum_step, **kwargs)
-    learn.backbone, learn.data, learn.features, learn.compile_seconds = b, data, features, compile and compile_tower(model, dls.train.bs, b.resolution)
+    vars(learn).update(backbone=b, data=data, features=features, made_of=origin(backbone, source, parts, names, model))
+    learn.compile_seconds = compile and compile_tower(model, dls.train.bs, b.resolution)
     return learn
 
 # %% ../nbs/13_learner.ipynb #f758e82b
