@@ -153,7 +153,7 @@ BACKBONES = {
 def read_weights(path, # .safetensors, or .pt/.pth of plain tensors
 )->dict: # name → tensor
     "State dict of a file; nothing in the file is executed. Raises `LiftError` when it is not one"
-    if not Path(path).is_file(): raise LiftError(f"There is no file of weights '{path}'")
+    if not os.path.isfile(path): raise LiftError(f"There is no file of weights '{path}'")
     try: return load_state_dict(str(path))
     except Exception as e: reason = (str(e) or type(e).__name__).splitlines()[0][:120]
     raise LiftError(f"'{path}' is not a file of plain tensors ({reason}); save the model's state_dict as safetensors and give that file")

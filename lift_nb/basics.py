@@ -28,7 +28,7 @@ def lookup(table:dict, # word → object
 ):
     "`table[name]` for a string, `name` itself otherwise; raises `LiftError` with the nearest choices"
     if not isinstance(name, str): return name
-    if name not in table: raise LiftError(f"Unknown {kind} {name!r}; choose from {nearest(name, table)}")
+    if name not in table: raise LiftError(f"Unknown {kind} {name!r:.80}; choose from {nearest(name, table)}")
     return table[name]
 
 # %% ../nbs/00_basics.ipynb #17928310

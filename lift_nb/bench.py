@@ -212,4 +212,4 @@ def bench_text(backbone:str='clip_vit_b16', # a name of `TEXT_SIZES`, or (width,
         'largest difference': gap, f'CoOp step of {n_coop} classes, 77 positions / short': ratio(*coop[::-1], n, 0)}).to_frame()
 
 # %% ../nbs/16_bench.ipynb #c1574719
-BENCHES = dict(step=lambda backbone='clip_vit_b16': bench(backbone).T, modules=bench_parts, text=bench_text)
+BENCHES = dict(step=lambda backbone='clip_vit_b16': bench(backbone).set_index('precision').drop(columns='backbone').T, modules=bench_parts, text=bench_text)

@@ -234,7 +234,7 @@ def load_data(data, # a name of `DATASETS`, a folder, a table (file or `DataFram
         if options: raise LiftError(f'{sorted(options)} belong to data that is still to be read, not to a ready data set')
         return data
     if isinstance(data, pd.DataFrame): return from_table(data, root=root, **options)
-    if str(data) not in DATASETS and os.path.exists(path := Path(data).expanduser()):
+    if str(data) not in DATASETS and os.path.exists(path := Path(os.path.expanduser(data))):
         return from_path(path, **options, **({} if path.is_dir() or root is None else dict(root=root)))
     make = lookup(DATASETS, str(data), 'data set (or folder)')
     unknown = set(options) - set(signature(make).parameters)

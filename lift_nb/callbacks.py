@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NONFINITE', 'EpochCosine', 'CropSchedule', 'FrozenEval', 'AccumulateGradients', 'AdjustLogits', 'AverageCrops',
-           'copies', 'put_back_where', 'images_of', 'StopOnNonFinite', 'ScaleLoss', 'SmoothLoss', 'WatchLoading',
+           'copies', 'put_back_where', 'images_of', 'StopOnNonFinite', 'ScaleLoss', 'WatchLoading', 'SmoothLoss',
            'SkipValidation']
 
 # %% ../nbs/11_callbacks.ipynb #b83c1d23
@@ -206,13 +206,6 @@ class ScaleLoss(StopOnNonFinite):
         super().load_state_dict(state)
         self.scaler.load_state_dict(state['scaler'])
 
-# %% ../nbs/11_callbacks.ipynb #829f2940
-class SmoothLoss(AvgSmoothLoss):
-    "fastai's smoothed training loss, kept on the device"
-    def accumulate(self, learn):
-        loss = learn.loss.detach().as_subclass(Tensor).float().mean()
-        self.count, self.val = self.count+1, torch.lerp(loss, self.val.to(loss.device), self.beta)
-
 # %% ../nbs/11_callbacks.ipynb #d0e3f12e
 class WatchLoading(Callback):
     "Say once when loading the images, not the network, sets the pace"
@@ -231,6 +224,13 @@ class WatchLoading(Callback):
         self.told = True
         self.say(f'Loading the images took {100*self.waited/total:.0f} % of epoch {self.epoch+1}: the network waits for them. '
             f'num_workers is {self.dls.train.fake_l.num_workers}, this machine has {os.cpu_count()} cores; more of them or smaller image files may help')
+
+# %% ../nbs/11_callbacks.ipynb #829f2940
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed training loss, kept on the device"
+    def accumulate(self, learn):
+        loss = learn.loss.detach().as_subclass(Tensor).float().mean()
+        self.count, self.val = self.count+1, torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 # %% ../nbs/11_callbacks.ipynb #c560b6ac
 class SkipValidation(Callback):

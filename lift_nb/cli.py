@@ -16,10 +16,11 @@ import warnings
 warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # open_clip's import; nothing a user can change
 
 # %% ../nbs/17_cli.ipynb #ba141f6c
-import re, sys
+import os, re, sys
 from dataclasses import fields
 from inspect import getsource, signature
 from itertools import product
+from math import prod
 from pathlib import Path
 from textwrap import fill
 
@@ -145,6 +146,7 @@ Long-tail learning with LIFT+. Without arguments: zero-shot, cross-entropy and L
   lift_nb compare FIRST SECOND                   paired test of two runs' folders on the same test images
   lift_nb predict RUN IMAGES… [top N] [out FILE] what a trained model takes images, or those of a folder, for
   lift_nb sweep … lr 0.01,0.02 seed 0:5          every combination of the values
+  accelerate launch -m lift_nb …                 one run on all GPUs: the same numbers in less time
 
   -d DATA        {data}, or a folder of images
   -b BACKBONE    {backbone}, a timm or an open_clip name
@@ -231,6 +233,7 @@ def sweep_job(*words): # of a run, with several values where wanted, and `ray AD
     own, rest = split_words(words, CARRY_OUT)
     texts, flags = read_words(rest)
     folder, several = texts.pop('output_dir', 'output/sweep'), {k: reproduce.values(t) for k, t in texts.items()}
+    if (n := prod(map(len, several.values()))) > 10_000: raise LiftError(f'These are {n} combinations; at most 10000 can be swept')
     grid = [dict(zip(several, combination)) for combination in product(*several.values())]
     def name(t): return ' '.join(f'{k} {v}' for k, v in t.items() if len(several[k]) > 1 and k != 'seed') or 'all'
     runs = [(name(t), {'seed': 0, **translate(t)[0]}) for t in grid]
@@ -246,7 +249,7 @@ def table_job(table, # a name of `FAMILIES`, or 'sweep'
     folder = rest[0] if rest else None
     path = Path(folder or ('output/sweep' if table == 'sweep' else 'output/reproduce'))/f'{table}.csv'
     if table != 'sweep': lookup(reproduce.FAMILIES, table, 'table')
-    if not path.is_file(): raise LiftError(f"There are no runs '{path}'; carry them out with lift_nb reproduce {table}")
+    if not os.path.isfile(path): raise LiftError(f"There are no runs '{path}'; carry them out with lift_nb reproduce {table}")
     show_table(pd.read_csv(path), path, own.get('against'))
 
 # %% ../nbs/17_cli.ipynb #27322fd7
@@ -261,13 +264,15 @@ def predict_job(run, # folder of a run, or a file of `save_lift`
     "Print, or write as csv, what a trained model takes images for"
     own, images = split_words(words, ('top', 'tte', 'out', 'checkpoint', 'device'))
     if not images: raise LiftError("'lift_nb predict' needs images or folders behind the run")
-    if lost := [i for i in images if not Path(i).exists()]: raise LiftError(f'There is no image or folder {lost[0]!r}')
+    if lost := [i for i in images if not os.path.exists(i)]: raise LiftError(f'There is no image or folder {lost[0]!r:.200}')
     check_device(own.get('device', 'cpu'))
     p = predictor.load_lift(run, checkpoint=own.get('checkpoint'), device=experiment.choose_device(own.get('device', 'cpu')))
     top, tte = (read_own(n, own.get(n, t), f) for n, t, f in (('top', '1', whole), ('tte', 'False', flag)))
     found = p.predict([x for i in images for x in predictor.listed(i)], top, tte=tte)
     if 'out' not in own: return print(found.round(4).to_string(index=False))
-    with replacing(own['out']) as part: found.to_csv(part, index=False)
+    try:
+        with replacing(own['out']) as part: found.to_csv(part, index=False, encoding='utf-8', errors='surrogateescape')
+    except OSError as e: raise LiftError(f"Cannot write '{own['out']}': {e.strerror or e}") from None
     print(f"{len(found)} rows: {Path(own['out']).resolve()}")
 
 def compare_job(first, second): # folders of two runs

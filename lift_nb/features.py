@@ -20,10 +20,10 @@ from .heads import labelled_features
 
 # %% ../nbs/07a_features.ipynb #edcc263d
 def add_tensors(h, # of hashlib
-    model:nn.Module,
+    tensors:dict, # name → tensor
 ):
-    "Let a checksum depend on every weight and buffer"
-    for name, t in sorted(model.state_dict().items()):
+    "Let a checksum depend on the names, types and contents of tensors"
+    for name, t in sorted(tensors.items()):
         h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
         if t.numel(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -58,7 +58,7 @@ class FeatureCache:
     ): self.folder, self.data, self.say = Path(folder), data, say
     def path(self, model, dl, images, **about)->Path:
         h = hashlib.blake2b(repr((type(model).__name__, settings_of(dl), sorted(about.items()))).encode(), digest_size=16)
-        add_tensors(h, model)
+        add_tensors(h, model.state_dict())
         for x in images: add_image(h, x)
         return self.folder/f'features-{h.hexdigest()}.safetensors'
     def get(self, model:nn.Module, # frozen: (B, 3, R, R) → (B, d)

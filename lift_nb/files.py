@@ -77,7 +77,7 @@ def write_tensors(path:Path, # .safetensors
 def read_tensors(path:Path, # what `write_tensors` wrote
 ): # dict of tensors, dict of what is known about them
     "Tensors and description; raises `LiftError` for a file that is missing, damaged or something else. Nothing in it is executed"
-    if not Path(path).is_file(): raise LiftError(f"There is no file '{path}'")
+    if not os.path.isfile(path): raise LiftError(f"There is no file '{path}'")
     try:
         with safe_open(path, 'pt') as f: tensors, about = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
         if about.pop('format', None) != 'pt' or about.pop('sha256', None) != seal(tensors, about): raise ValueError('its checksum does not fit')

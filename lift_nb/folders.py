@@ -267,8 +267,8 @@ def from_folder(path, # `train/` and `test/` with class folders, or the class fo
     **kwargs, # see `assemble`
 )->LongTailData:
     "A data set from a folder of images; class names are the names of the class folders"
-    path = Path(path).expanduser()
-    if not path.is_dir(): raise LiftError(f"'{path}' is a file, not a folder" if path.exists() else f"There is no folder '{path}'")
+    path = Path(os.path.expanduser(path))
+    if not os.path.isdir(path): raise LiftError(f"'{path}' is a file, not a folder" if os.path.exists(path) else f"There is no folder '{path}'")
     train_dir, test_dir, notes = split_folders(path)
     train, more = class_folders(train_dir)
     test, rest = class_folders(test_dir) if test_dir else (None, [])
@@ -368,9 +368,9 @@ def from_table(table, # path of a .csv or .tsv file, or a `DataFrame`
     **kwargs, # see `assemble`
 )->LongTailData:
     "A data set from a table of paths and labels; raises `LiftError` for what the table lacks and for files that do not exist"
-    file = None if isinstance(table, pd.DataFrame) else Path(table).expanduser()
+    file = None if isinstance(table, pd.DataFrame) else Path(os.path.expanduser(table))
     table = read_table(table if file is None else file)
-    root = Path(root).expanduser() if root is not None else file.parent if file else Path()
+    root = Path(os.path.expanduser(root)) if root is not None else file.parent if file else Path()
     cols = {k: column(table, k, c) for k, c in dict(path=path_col, label=label_col, split=split_col).items()}
     rows, notes = table_rows(table, cols)
     rows = rows.assign(file=[find_file(root, p) for p in rows.path])
@@ -387,10 +387,10 @@ def from_path(path, # folder of images, or a .csv or .tsv file
     **kwargs, # see `from_folder` and `from_table`
 )->LongTailData:
     "The data set that a path stands for; raises `LiftError` when it is neither a folder nor a table"
-    path = Path(path).expanduser()
-    if path.is_dir(): return from_folder(path, **kwargs)
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path): return from_folder(path, **kwargs)
     if path.suffix.lower() in ('.csv', '.tsv'): return from_table(path, **kwargs)
-    if path.exists(): raise LiftError(f"'{path}' is neither a folder of images nor a table (.csv, .tsv)")
+    if os.path.exists(path): raise LiftError(f"'{path}' is neither a folder of images nor a table (.csv, .tsv)")
     raise LiftError(f"There is no folder or table '{path}'")
 
 # %% ../nbs/01a_folders.ipynb #a590cc63

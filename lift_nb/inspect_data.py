@@ -167,7 +167,7 @@ def inspect(data, # `LongTailData`, a folder, a table, or a name of `DATASETS`
 )->Report:
     "Look at a data set before training; files that cannot be read are part of the report"
     if isinstance(data, (str, Path)):
-        own = Path(data).expanduser().exists()
+        own = os.path.exists(os.path.expanduser(data))
         data = from_path(data, **{'check': False, **kwargs}) if own else load_data(data, **kwargs)
     return Report(data, image_table(data, decode), tiny)
 
@@ -189,8 +189,8 @@ def read_words(path, # folder, table, or a name of `DATASETS`
     words, # key value key value …
 )->dict: # options of `inspect`
     "Words of the command line as options; raises `LiftError` for unknown ones"
-    path = Path(path).expanduser()
-    read = from_folder if path.is_dir() else from_table if path.exists() else lookup(DATASETS, str(path), 'data set, folder or table')
+    path = Path(os.path.expanduser(path))
+    read = from_folder if os.path.isdir(path) else from_table if os.path.exists(path) else lookup(DATASETS, str(path), 'data set, folder or table')
     known = {k: p.default for f in (inspect, read) for k, p in signature(f).parameters.items()}
     known = {k: d for k, d in known.items() if k not in ('data', 'path', 'table', 'kwargs')}
     for k in words[::2]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from os import PathLike
 
 import numpy as np
 import pandas as pd
@@ -260,9 +261,15 @@ def class_names(data, # `LongTailData` or None
     if len(classes) != dls.c: raise LiftError(f'{len(classes)} class names were given for {dls.c} classes')
     return classes
 
-def origin(backbone, source:dict, parts:dict, names, model)->dict:
-    "What [save_lift](14a_predictor.ipynb) has to know: how the network was asked for, how the model was put together, and what is trained in it"
-    return dict(backbone=dict(source, name=backbone), parts=parts, names=names, tuned=[n for n, p in model.named_parameters() if p.requires_grad])
+def origin(backbone, # what `lift_plus_learner` was given
+    source:dict, parts:dict, # options of `create_backbone` and of `build_model`
+    names, # C class names of the prompts
+    model:LiftModel, # as it was built
+)->dict:
+    "What has to be known to build the same model again, and what is trained in it"
+    name = backbone if isinstance(backbone, (str, PathLike)) else None
+    tuned = [n for n, p in model.named_parameters() if p.requires_grad]
+    return dict(backbone=dict(source, name=name), parts=parts, names=names, tuned=tuned)
 
 # %% ../nbs/13_learner.ipynb #490bb685
 def if_auto(accum_step, # a number of pieces or 'auto'
@@ -317,7 +324,7 @@ def lift_plus_learner(dls, # fastai `DataLoaders`, a `LongTailData`, a folder of
     mda=None, # schedule of the minimalist crop, or False; None: the method's
     epochs:int|None=None, # of `fit_lift`; None: the method's
     lr:float|None=None, # learning rate of the first epoch; None: the method's
-    batch_size:int|None=None, # images in a step; None: the method's
+    batch_size:int|None=None, # images in a step, over all processes; None: the method's
     accum_step:int|str=1, # pieces into which a batch is cut; 'auto': as few as fit into the memory
     classes=None, # C class names for the prompts; None: those of the data
     root=None, # where a named data set lies or is downloaded to

@@ -69,7 +69,7 @@ def usable_root(root, # folder of the images
 )->Path:
     "`root` as a path; raises `LiftError` unless it is a folder that can be read"
     if root is None: raise LiftError(f'A `root` is needed: the folder that holds {expected}')
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     wrong = 'a file' if os.path.isfile(root) else None if os.path.isdir(root) else 'not there'
     if wrong: raise LiftError(f"The root '{root}' is {wrong}; it should be the folder that holds {expected}")
     if not os.access(root, os.R_OK | os.X_OK): raise LiftError(f"No permission to read the root '{root}'")

@@ -48,8 +48,8 @@ def write_predictions(path, # .csv
 def read_predictions(path, # what `write_predictions` wrote, or the folder of a run
 )->pd.DataFrame:
     "The table of a run; raises `LiftError` for what is none"
-    path = Path(path)/'predictions.csv' if Path(path).is_dir() else Path(path)
-    if not path.is_file(): raise LiftError(f"There are no predictions '{path}'; every run with a result leaves them in its folder")
+    path = Path(path)/'predictions.csv' if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(path): raise LiftError(f"There are no predictions '{path}'; every run with a result leaves them in its folder")
     types = dict(image=str, label=np.int64, prediction=np.int64)
     try: table = pd.read_csv(path, dtype=types, keep_default_na=False, encoding_errors='surrogateescape')
     except (ValueError, OverflowError) as e: raise LiftError(f"'{path}' is no table of predictions: {str(e).splitlines()[0]:.100}") from None
@@ -78,7 +78,7 @@ def same_images(first:pd.DataFrame, second:pd.DataFrame, # of `read_predictions`
 def counts_beside(path, # a run's folder, or a file in it
 )->list: # (C,)
     "Training images of each class, from the run's `result.json`; raises `LiftError` when it is not there"
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
     try: return json.loads((folder/'result.json').read_text(encoding='utf-8'))['class_counts']
     except (OSError, ValueError, KeyError, TypeError): raise LiftError(f"There is no result.json with class counts in '{folder}'; pass counts") from None
 

@@ -38,7 +38,7 @@ class Method:
     mda: object = 'convex' # schedule of the minimalist crop (min, max, linear, convex, concave); False: classic crop and flip
     epochs: int = 5 # of the training
     lr: float = 0.02 # of the first epoch; cosine, stepped per epoch
-    batch_size: int = 128 # images in a step
+    batch_size: int = 128 # images in a step, over all processes
 
 METHODS = {
     'lift+': Method('adaptformer'),
@@ -116,7 +116,7 @@ class Recipe(Source):
     lr: float|None = None # as in `Method`
     weight_decay: float = 5e-4 # coupled, on every trained tensor
     momentum: float = 0.9 # of SGD
-    batch_size: int|None = None # images in a step
+    batch_size: int|None = None # images in a step, over all processes
     accum_step: int|str = 1 # pieces into which a batch is cut; auto: as few as fit into the memory
     nonfinite: str = 'stop' # at a loss that is NaN or infinite: stop, or skip that batch
     recompute: bool = False # compute blocks again in the backward pass? Less memory, more time
@@ -149,7 +149,7 @@ def typed(name:str, # of a setting
     kinds = get_args(kind) or (kind,)
     if isinstance(value, PurePath): value = str(value)
     if isinstance(value, list) and tuple in kinds: value = tuple(value)
-    if type(value) is int and int not in kinds and float in kinds: value = float(value)
+    if type(value) is int and int not in kinds and float in kinds: value = float(value) if abs(value) < 2**1000 else math.inf
     if object in kinds or type(value) in kinds: return value
     raise LiftError(f"Option {name} must be {' or '.join(k.__name__ for k in kinds if k is not type(None))}, not {value!r:.80}")
 
@@ -162,7 +162,7 @@ def check_range(name, value):
 
 def three_floats(name, value):
     "Mean or standard deviation of three channels; raises `LiftError` for what cannot be one"
-    good = len(value) == 3 and all(type(v) in (int, float) and math.isfinite(v) and (v > 0 or name == 'mean') for v in value)
+    good = len(value) == 3 and all(type(v) in (int, float) and abs(v) < 1e9 and (v > 0 or name == 'mean') for v in value)
     if not good: raise LiftError(f"Option {name} must be three {'numbers' if name == 'mean' else 'positive numbers'}, not {value!r:.80}")
     return tuple(map(float, value))
 

@@ -163,7 +163,7 @@ def column(found)->pd.Series: # of a benchmark
     "What a benchmark found, as one column of numbers"
     if isinstance(found, pd.DataFrame): found = found.stack() if found.shape[1] > 1 else found.iloc[:, 0]
     s = pd.Series(found)
-    return s.rename(index=lambda k: ', '.join(map(str, k)) if isinstance(k, tuple) else str(k))
+    return s.set_axis([', '.join(map(str, k)) if isinstance(k, tuple) else str(k) for k in s.index])
 
 def measured(what:str, # a name of `BENCHES` or `SPEEDS`
     backbone:str|None=None, # a name of `BACKBONES`; None: the benchmark's own
