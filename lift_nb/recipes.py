@@ -283,7 +283,8 @@ def resolve(**options, # settings by name; what is missing or None is filled in
 def as_word(value, # of a setting
 )->str:
     "A value as a part of a name"
-    if isinstance(value, dict): return '+'.join([k + ''.join(f'-{n}{as_word(v)}' for n, v in (o or {}).items()) for k, o in value.items()])
+    def options(o): return ''.join(f'-{n}{as_word(v)}' for n, v in o.items()) if isinstance(o, dict) else '' if o is None else f'-{as_word(o)}'
+    if isinstance(value, dict): return '+'.join([f'{k}{options(o)}' for k, o in value.items()])
     if isinstance(value, (list, tuple, range)): return ','.join(map(as_word, value))
     return getattr(value, '__name__', str(value))
 

@@ -237,7 +237,7 @@ def test_options(words, dashes, method, tmp_path, monkeypatch):
     words = [*(['-m', method] if method else []), *(dashes + w if i % 2 == 0 else w for i, w in enumerate(words))]
     r = refused(parse_args, words)
     assert r is None or isinstance(r, Recipe)
-    assert main([*words, '--dry-run']) == (0 if r else 2)
+    assert main(['--dry-run', *words]) == (0 if r else 2)
     assert not list(tmp_path.iterdir())
 
 @examples(40)
