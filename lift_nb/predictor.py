@@ -273,7 +273,7 @@ def load_lift(path, # what `save_lift` wrote, or the folder of a run
     device=None, # where to compute; None: fastai's default
     precision=None, # a name of `PRECISIONS`; None: that of the learner
     **own, # `modules`, `text_modules`, `head` of your own, and `template`, where the file could not name them
-)->'Predictor':
+): # `Predictor`
     "The trained model, ready to predict; raises `LiftError` for what does not fit, naming the difference"
     tensors, about = read_lift(path)
     if odd := [k for k in own if k not in OWN]: raise LiftError(f'load_lift takes {OWN}, not {odd}')
