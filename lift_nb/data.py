@@ -183,14 +183,18 @@ def random_from(*key): # numbers and words
     finally: random.setstate(saved[0]); np.random.set_state(saved[1]); torch.set_rng_state(saved[2])
 
 def said_clearly(e:Exception, # raised while a batch was loaded, perhaps in another process
+    workers:bool, # do other processes load?
 )->Exception:
     "The same without the other process's traceback; a `LiftError` when that process died"
     text = str(e).strip()
     if isinstance(e, LiftError) and 'Traceback' in text: return LiftError(text.splitlines()[-1].split('LiftError: ', 1)[-1])
-    if not (died := re.search(r'DataLoader worker.*(killed by signal: \w+|exited unexpectedly)', text)): return e
-    return LiftError(f'A process that loads images died ({died[1]}), often for want of memory; fewer num_workers need less. '
+    died = re.search(r'DataLoader worker.*(killed by signal: \w+|exited unexpectedly)', text)
+    lost = workers and isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and 'Traceback' not in text # what it had sent went with it
+    if not (died or lost): return e
+    return LiftError(f'A process that loads images died ({died[1] if died else type(e).__name__}), often for want of memory; fewer num_workers need less. '
         'What was saved before stays: with resume True the training goes on from there')
 
+# %% ../nbs/01_data.ipynb #39940328
 class SeededDL(TfmdDL):
     "A fastai `TfmdDL` whose random transforms depend on the pass and the item only; `start` leaves out the first batches of the next pass"
     def __init__(self, *args, **kwargs):
@@ -218,7 +222,7 @@ class SeededDL(TfmdDL):
             self.passing, self.key = True, (self.pass_seed.item(), 'batch', i)
             with random_from(*self.key):
                 try: b = next(batches, None)
-                except (RuntimeError, LiftError) as e: raise said_clearly(e) from None
+                except (RuntimeError, LiftError, OSError, EOFError) as e: raise said_clearly(e, self.fake_l.num_workers > 0) from None
                 finally: self.passing = False
             if b is None: return
             yield b
