@@ -6,7 +6,7 @@
 __all__ = ['add_tensors', 'add_image', 'settings_of', 'Known', 'FeatureCache']
 
 # %% ../nbs/07a_features.ipynb #4727c65f
-import hashlib, json
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +68,10 @@ class FeatureCache:
     )->tuple: # features (N, d), labels (N,)
         "The features, from the disk if they are there"
         path = self.path(model, dl, images, **about)
-        try: return self.read(path) if path.is_file() else self.compute(path, model, dl)
-        except LiftError as e:
-            self.say(f'{e}; the features are computed again')
-            return self.compute(path, model, dl)
+        if path.is_file():
+            try: return self.read(path)
+            except LiftError as e: self.say(f'{e}; the features are computed again')
+        return self.compute(path, model, dl)
     def read(self, path):
         found, _ = read_tensors(path)
         return found['features'], found['labels']

@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 from torch.optim import SGD
 from torchvision.transforms.v2 import functional as F
 from fastai.data.core import DataLoaders
