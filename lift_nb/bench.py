@@ -83,7 +83,7 @@ def step_setup(backbone:str, # a name of `BACKBONES`
 ): # model, function that runs one step, images
     "A LIFT+ model with random weights, and its training step on one random batch"
     b = create_backbone(backbone, pretrained=False)
-    choose_attention(b.model, device)
+    choose_attention(b.model, device, precision)
     adapt(b.model, 'adaptformer', n_classes)
     first_token_only(b.model)
     model = LiftModel(b.model, create_head('cosine', b, [str(i) for i in range(n_classes)], 'none'), precision).to(device)

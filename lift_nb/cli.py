@@ -313,6 +313,10 @@ def main(argv=None, # words after the program's name; None: those of this proces
         if argv and argv[0] in COMMANDS: command(*argv)
         elif argv: job(argv)
         else: main_job()
+        sys.stdout.flush()
+    except BrokenPipeError: # whoever read the output, as `head`, has seen enough
+        sys.stdout = open(os.devnull, 'w') # nothing more to say at the end
+        return 0
     except LiftError as e:
         print(f'lift_nb: {last_sentence(e)}', file=sys.stderr)
         return 2

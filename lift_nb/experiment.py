@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'PUT_BACK', 'COLUMNS', 'MAIN_JOB', 'finished', 'set_aside', 'Log', 'EpochLog', 'Phases', 'learner_options',
-           'choose_device', 'build', 'put_back_own', 'put_back_original', 'put_back', 'compute_in', 'describe', 'held',
-           'watchers', 'quiet', 'train', 'test', 'finish', 'run', 'summary', 'table', 'compare']
+           'choose_device', 'build', 'stored_alike', 'put_back_own', 'put_back_original', 'put_back', 'compute_in',
+           'describe', 'held', 'watchers', 'quiet', 'foretell', 'train', 'test', 'finish', 'run', 'summary', 'table',
+           'compare']
 
 # %% ../nbs/15_experiment.ipynb #22bfb61c
 import json, shutil, sys, time
@@ -36,7 +37,8 @@ from .distributed import in_all
 from .recipes import Recipe, deciding, resolve, run_name
 from .learner import LiftModel
 from .interop import choose_entries, fill, read_original
-from .predictor import choose, save_lift, versions
+from .memory import estimate, forget_peak, peak
+from .predictor import check_frozen_weights, choose, save_lift, versions
 import lift_nb.learner as learner
 
 # %% ../nbs/15_experiment.ipynb #cd875e2b
@@ -129,20 +131,29 @@ def build(r:Recipe, # resolved
 ): # fastai Learner
     "The learner of a recipe, seeded"
     set_seed(r.seed, reproducible=r.deterministic)
+    forget_peak()
     options = dict(learner_options(r), device=choose_device(r.device, say))
     return learner.lift_plus_learner(r.data, **options, cbs=list(cbs))
 
 # %% ../nbs/15_experiment.ipynb #c042ab6d
+def stored_alike(learn:Learner, # of the same recipe, perhaps at another resolution or in another precision
+    about:dict, # what the file of the run says
+)->bool:
+    "Have the frozen weights of that run the shapes and types of the learner's?"
+    images, parts = (about[k] if isinstance(about.get(k), dict) else {} for k in ('images', 'parts'))
+    return (images.get('resolution'), parts.get('frozen_precision')) == (learn.backbone.resolution, learn.model.frozen_precision)
+
 def put_back_own(learn:Learner, # of the same recipe
     path:Path, # what `save_lift` wrote
 ):
-    "Load the trained tensors of an earlier run; raises `LiftError` when they belong to other classes or another model"
+    "Load the trained tensors of an earlier run; raises `LiftError` when they belong to other classes, modules or frozen weights"
     state, about = read_tensors(path)
     classes = about.get('classes') if isinstance(about.get('classes'), list) else []
     if classes != list(learn.dls.vocab): raise LiftError(f"'{path}' was trained on {len(classes)} classes ({classes[:3]} …), "
         f"the data has {len(learn.dls.vocab)} ({list(learn.dls.vocab)[:3]} …)")
     choose(learn.model, {k.removeprefix('frozen/'): t for k, t in state.items() if k.startswith('frozen/')})
-    load_tuned(learn.model, {k: t for k, t in state.items() if not k.startswith('frozen/')})
+    load_tuned(learn.model, tuned := {k: t for k, t in state.items() if not k.startswith('frozen/')})
+    if isinstance(about.get('digest'), str) and stored_alike(learn, about): check_frozen_weights(learn.model, tuned, about)
 
 def put_back_original(learn:Learner, # of the recipe that the checkpoint belongs to
     path:Path, # checkpoint of the original program
@@ -175,7 +186,8 @@ def describe(learn, r, s, phases)->dict: # what goes into result.json
     "Recipe, circumstances and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
     return dict(recipe=asdict(r), seed=r.seed, versions=versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(), **scores,
-        seconds=phases.seconds, trained_parameters=n_tuned(learn.model), weights=learn.backbone.weights, device=str(learn.dls.device), processes=world())
+        seconds=phases.seconds, trained_parameters=n_tuned(learn.model), weights=learn.backbone.weights,
+        device=str(learn.dls.device), processes=world(), peak_memory=peak(learn.dls.device))
 
 # %% ../nbs/15_experiment.ipynb #4b8edbf2
 @contextmanager
@@ -192,6 +204,10 @@ def watchers(log, folder, every, validate)->list: # callbacks
 def quiet(learn):
     "No progress bar unless somebody watches"
     return learn.no_bar() if not (sys.stdout.isatty() and is_main()) else nullcontext()
+
+def foretell(learn, log):
+    "Tell what the training will need, except for a compiled tower and for kept features, where a step is another than the one tried here"
+    if not learn.compile_seconds and not learner.trains_on_features(learn): log(estimate(learn).line)
 
 def train(learn, r, log, folder, phases, cbs, **saving): # `minutes` and `steps` of `fit_resumably`
     "Fit the recipe's epochs, with save points, going on from the newest that is there"
@@ -247,9 +263,10 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
         log(f"{r.method} on {learn.data}\n{n_tuned(learn.model):,} trained parameters; {as_json({k: v for k, v in asdict(r).items() if v is not None})}")
         if test_only: put_back(learn, model_dir or folder)
         elif r.epochs and n_tuned(learn.model):
+            foretell(learn, log)
             train(learn, r, log, folder, phases, watchers(log, folder, print_freq, validate), minutes=save_minutes, steps=save_steps)
         s, predictions = test(learn, r, phases)
-        log(summary(s))
+        log(f'{summary(s)}\npeak memory {peak(learn.dls.device)/1e9:.2f} GB')
         return by_main(finish, folder, learn, r, s, predictions, phases, 'test_only' if test_only else 'result')
 
 def summary(s:Scores)->str:

@@ -182,7 +182,7 @@ def assemble(b:Backbone, # frozen
 )->LiftModel:
     "Backbone, modules and head"
     check_frozen(precision, frozen_precision)
-    choose_attention(b.model.to(device), device)
+    choose_attention(b.model.to(device), device, precision)
     with autocast(device, precision): head = make_head(m, *(start or (b, None)), classes, init, scale, template, precision, kwargs)
     if m.modules != 'none': adapt(b.model, m.modules, len(classes), layers, dim)
     first_token_only(b.model)

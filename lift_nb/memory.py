@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT_IN_HALF', 'store_frozen', 'bytes_by_type', 'recompute_blocks', 'lean', 'LiveBytes', 'undisturbed', 'fake_step',
            'step_bytes', 'divisors', 'pieces_for', 'free_bytes', 'tuned_bytes', 'tries', 'counts', 'choose_accum_step',
-           'Estimate', 'seconds_for', 'estimate', 'peak']
+           'Estimate', 'seconds_for', 'estimate', 'forget_peak', 'peak']
 
 # %% ../nbs/12b_memory.ipynb #04155e58
 import os, sys, time, weakref
@@ -194,12 +194,16 @@ class Estimate:
     fixed:int # bytes of a step, whatever the images: gradients, text prototypes
     per_image:int # bytes of a step for each image
     micro_batch:int # images in a piece
-    images:int # in an epoch
+    images:int # of this process in an epoch
     seconds_per_image:float # of training, loading apart
     @property
     def total(self): return sum(self.weights.values()) + self.optimizer + self.fixed + self.micro_batch*self.per_image
     @property
     def seconds_per_epoch(self): return self.images*self.seconds_per_image
+    @property
+    def line(self):
+        "Memory and time in one line"
+        return f'estimate: {self.total/1e9:,.2f} GB, {self.micro_batch} images at a time; {self.seconds_per_epoch:,.0f} s an epoch, loading apart'
     def __repr__(self):
         mb = lambda n: f'{n/1e6:,.1f} MB'
         return '\n'.join([f'parameters     {self.trained:,} trained, {self.frozen:,} frozen',
@@ -221,13 +225,17 @@ def estimate(learn, # of `lift_plus_learner`
 )->Estimate:
     "What the training of this learner will need, before it starts"
     model, size, dl = learn.model, learn.backbone.resolution, learn.dls.train
-    n, cuda = micro_batch or dl.bs, next(model.parameters()).device.type == 'cuda'
+    n, cuda = micro_batch or -(-dl.bs//world()), next(model.parameters()).device.type == 'cuda'
     tuned, timed = sum(p.numel() for p in model.parameters() if p.requires_grad), n if cuda else min(n, 8)
     fixed, each = step_bytes(model, size)
     return Estimate(tuned, sum(p.numel() for p in model.parameters()) - tuned, bytes_by_type(model), tuned_bytes(model)*(3 if cuda else 1),
-        fixed, each, n, dl.n, seconds_for(model, timed, size)/timed)
+        fixed, each, n, -(-dl.n//world()), seconds_for(model, timed, size)/timed)
 
 # %% ../nbs/12b_memory.ipynb #66c5c33b
+def forget_peak():
+    "Count anew what is in use on GPUs; the system's count for a process cannot be set back"
+    if torch.cuda.is_initialized(): torch.cuda.reset_peak_memory_stats()
+
 def peak(device='cpu')->int: # bytes; 0: the system does not tell
     "The most memory that was in use: torch's on a GPU, this process's on a CPU"
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastai.learner import Metric
 
 from .basics import LiftError
-from .data import group_colors, shot_groups
+from .data import shot_groups
 
 # %% ../nbs/10_metrics.ipynb #bb2efe1a
 def _mean(xs): return float(np.mean(xs)) if len(xs) else None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAYOUT', 'PACKAGES', 'HEADER', 'FIELDS', 'LARGEST', 'OWN', 'versions', 'plain', 'as_written', 'image_settings',
            'tuned_in', 'carried', 'digest', 'description', 'save_lift', 'odd_in', 'check_settings', 'check_sizes',
-           'read_lift', 'is_path', 'source_of', 'zero_shot_from', 'rebuilt', 'choose', 'computing_in', 'put_in',
-           'place', 'load_lift', 'listed', 'Predictor']
+           'read_lift', 'is_path', 'source_of', 'zero_shot_from', 'rebuilt', 'choose', 'computing_in',
+           'check_frozen_weights', 'put_in', 'place', 'load_lift', 'listed', 'Predictor']
 
 # %% ../nbs/14a_predictor.ipynb #fa27f37a
 import hashlib, os, platform
@@ -241,6 +241,16 @@ def computing_in(model:LiftModel, # loaded
     return model
 
 # %% ../nbs/14a_predictor.ipynb #42834fbc
+def check_frozen_weights(model:LiftModel, # with its modules
+    tuned, # names of the trained tensors
+    about:dict, # what the file says
+):
+    "Raise `LiftError` for other frozen weights than the trained tensors belong to"
+    found = digest(model, tuned)
+    if found != about['digest']:
+        raise LiftError(f"The frozen weights are not those that this model was trained on ({about.get('weights')}): their checksum is "
+            f"{found[:12]}, not {about['digest'][:12]}; pass their file as checkpoint, or the network as backbone")
+
 def put_in(model:LiftModel, # without trained tensors
     tensors:dict, about:dict, # of `read_lift`
 ):
@@ -252,10 +262,7 @@ def put_in(model:LiftModel, # without trained tensors
     if wrong := differences(ours := carried(model), kept):
         raise LiftError(f'What belongs to the head does not fit this model: {"; ".join(wrong[:4])}')
     load_tuned(model, tuned)
-    found = digest(model, tuned)
-    if found != about['digest']:
-        raise LiftError(f"The frozen weights are not those that this model was trained on ({about['weights']}): their checksum is "
-            f"{found[:12]}, not {about['digest'][:12]}; pass their file as checkpoint, or the network as backbone")
+    check_frozen_weights(model, tuned, about)
     for k, b in ours.items():
         if not b.is_floating_point() and not b.equal(kept[k].to(b)):
             raise LiftError(f'The prompts of this model are not those that the file was saved with ({k})')

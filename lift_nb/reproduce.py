@@ -7,7 +7,7 @@ __all__ = ['CLIP', 'SETS', 'TWO', 'MODULES', 'ABLATION', 'METHODS_ON_DIGITS', 'F
            'family', 'values', 'place_of', 'problem', 'carry_out', 'carry_out_all']
 
 # %% ../nbs/15a_reproduce.ipynb #3d6f82d3
-import hashlib, json, re
+import hashlib, re
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path

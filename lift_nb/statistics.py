@@ -14,7 +14,6 @@ from scipy.stats import binomtest
 
 from .basics import LiftError
 from .data import shot_groups
-from .metrics import hits_by_class
 
 # %% ../nbs/10a_statistics.ipynb #53ad75f2
 def score_weights(seen, # (C,) test images of each class

@@ -241,3 +241,9 @@ def test_checkpoints_of_the_original(modules, head, small, tmp_path, capsys):
     assert run(tmp_path/'again', test_only=True, model_dir=tmp_path/'theirs', **o, **small)['per_class'] == trained['per_class']
     assert f"overall {trained['overall']:.2f}" in capsys.readouterr().out
     assert 'does not fit' in (main(['-m', 'lp', 'modules', 'ssf', *words[words.index('test_only'):-4]]), capsys.readouterr().err)[1]
+
+def test_a_reader_that_goes_away():
+    "As in `lift_nb --help | head -1`"
+    p = subprocess.Popen([sys.executable, '-m', 'lift_nb', '--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    p.stdout.close()
+    assert 'Error' not in p.stderr.read() and p.wait() == 0
