@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from fastprogress.fastprogress import format_time
 
 from .basics import PRECISIONS, LiftError, lookup
 from .processes import together, world
@@ -203,7 +204,7 @@ class Estimate:
     @property
     def line(self):
         "Memory and time in one line"
-        return f'estimate: {self.total/1e9:,.2f} GB, {self.micro_batch} images at a time; {self.seconds_per_epoch:,.0f} s an epoch, loading apart'
+        return f'estimate: {self.total/1e9:,.2f} GB, {self.micro_batch} images at a time; {format_time(self.seconds_per_epoch)} an epoch, loading apart'
     def __repr__(self):
         mb = lambda n: f'{n/1e6:,.1f} MB'
         return '\n'.join([f'parameters     {self.trained:,} trained, {self.frozen:,} frozen',
