@@ -8,7 +8,7 @@ __all__ = ['SLOTS', 'FEATURE_SLOT', 'PLAIN_UP_TO', 'BACKBONES', 'VIT_NDIMS', 'RN
            'lean_activations', 'Row', 'read_weights', 'n_heads', 'depth_of', 'grid_of', 'reading', 'clip_vit_from',
            'clip_bottleneck', 'rn_config', 'resize_pool', 'clip_rn_from', 'take_projection', 'clip_backbone',
            'tiny_clip', 'answers', 'hub', 'unreachable', 'timm_model', 'timm_backbone', 'open_clip_backbone',
-           'wrap_model', 'is_file', 'check_backbone', 'check_options', 'create_backbone']
+           'wrap_model', 'is_weights_file', 'check_backbone', 'check_options', 'create_backbone']
 
 # %% ../nbs/03_backbones.ipynb #e9ec54e9
 import logging, math, os, re, socket
@@ -402,7 +402,7 @@ def wrap_model(model:nn.Module, # timm model; its classifier is removed
     cfg = resolve_model_data_config(model)
     return Backbone(type(model).__name__, model, cfg['input_size'][-1], tuple(cfg['mean']), tuple(cfg['std']), weights='given')
 
-def is_file(name, # what `create_backbone` was given
+def is_weights_file(name, # what `create_backbone` was given
 )->bool:
     "Is it a path, or the path of a file that is there? Names of the table are not looked for among files"
     return isinstance(name, os.PathLike) or isinstance(name, str) and name not in (*BACKBONES, 'tiny_clip') and os.path.isfile(name)
@@ -410,7 +410,7 @@ def is_file(name, # what `create_backbone` was given
 def check_backbone(name:str):
     "Raise `LiftError` unless it is a name of `BACKBONES`, of timm or open_clip, or a file"
     ours, arch = [*BACKBONES, 'tiny_clip'], name.partition('/')[0]
-    if name in ours or is_file(name) or timm.is_model(name.split('.')[0]) or arch in open_clip.list_models(): return
+    if name in ours or is_weights_file(name) or timm.is_model(name.split('.')[0]) or arch in open_clip.list_models(): return
     raise LiftError(f'Unknown backbone {name!r:.80}; choose from {nearest(name, ours)}, a timm or an open_clip name, or give the file of a CLIP')
 
 def check_options(name, # what `create_backbone` was given
@@ -423,7 +423,7 @@ def check_options(name, # what `create_backbone` was given
         raise LiftError(f'The resolution is a number of pixels, not {resolution!r}')
     if isinstance(name, (Backbone, nn.Module)) and (checkpoint, pretrained, resolution) != (None, True, None):
         raise LiftError(f'checkpoint, pretrained and resolution belong to the name of a backbone, not to a ready {type(name).__name__}')
-    if (isinstance(name, dict) or is_file(name)) and (checkpoint, pretrained) != (None, True):
+    if (isinstance(name, dict) or is_weights_file(name)) and (checkpoint, pretrained) != (None, True):
         raise LiftError(f"checkpoint and pretrained belong to the name of a backbone, not to a {'state dict' if isinstance(name, dict) else 'file of weights'}")
 
 def create_backbone(name, # a name of `BACKBONES`, timm or open_clip, a CLIP's state dict or file, a timm model, or a `Backbone`
@@ -438,7 +438,7 @@ def create_backbone(name, # a name of `BACKBONES`, timm or open_clip, a CLIP's s
     if isinstance(name, Backbone): b = name
     elif isinstance(name, nn.Module): b = wrap_model(name)
     elif isinstance(name, dict): b = clip_backbone(name, resolution=resolution)
-    elif is_file(name): b = clip_backbone(read_weights(name), str(name), resolution=resolution, weights=str(name))
+    elif is_weights_file(name): b = clip_backbone(read_weights(name), str(name), resolution=resolution, weights=str(name))
     elif name == 'tiny_clip': b = tiny_clip(*options)
     elif name in BACKBONES: b = timm_backbone(name, BACKBONES[name], *options)
     elif timm.is_model(name.split('.')[0]): b = timm_backbone(name, Row(name), *options)

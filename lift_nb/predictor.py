@@ -28,9 +28,8 @@ from .files import read_tensors, write_tensors
 from .images import open_image
 from .folders import image_files
 from .augment import CenterCrop, FiveCrops
-from .backbones import check_backbone, create_backbone
-from .backbones import is_file as is_weights
-from .text import is_file, read_templates
+from .backbones import check_backbone, create_backbone, is_weights_file
+from .text import is_template_file, read_templates
 from .adapters import MaskedLinear
 from .surgery import differences, load_tuned
 from .features import add_tensors
@@ -57,7 +56,7 @@ def plain(x): # option
 
 def as_written(template): # as given to `lift_plus_learner`
     "Prompts as they can be written: what a file held, when it can still be read"
-    try: found = read_templates(template) if is_file(template) else template
+    try: found = read_templates(template) if is_template_file(template) else template
     except LiftError: found = template
     return found[0] if isinstance(found, list) and len(found) == 1 else found
 
@@ -181,7 +180,7 @@ def is_path(name:str)->bool:
     "Is it the path of a file, there or not, and no name of a network?"
     try: check_backbone(name)
     except LiftError: return True
-    return is_weights(name)
+    return is_weights_file(name)
 
 def source_of(about:dict, # of `read_lift`
     backbone, checkpoint, # see `load_lift`
@@ -213,7 +212,7 @@ def rebuilt(about:dict, tensors:dict, # of `read_lift`
     if lost := [k for k in FIELDS['method'] if m.get(k) is None]:
         raise LiftError(f'{lost} of this model have no name that could be saved; pass them to load_lift')
     if m['head'] == 'zero_shot': m['head'] = zero_shot_from(tensors)
-    elif is_file(parts.get('template')): raise LiftError(f"The prompts of this model stand in '{parts['template']}'; pass them as template")
+    elif is_template_file(parts.get('template')): raise LiftError(f"The prompts of this model stand in '{parts['template']}'; pass them as template")
     b = create_backbone(**source)
     return assemble(b, Method(**{**vars(METHODS['lift+']), **m}), about['names'], device, **parts, init='none')
 
