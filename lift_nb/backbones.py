@@ -32,7 +32,7 @@ from timm.models.byobnet import BottleneckBlock, ByobNet, ByoBlockCfg, ByoModelC
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from .basics import LiftError, nearest
+from .basics import LiftError, lookup, nearest
 
 # %% ../nbs/03_backbones.ipynb #679ff502
 def n_features(model:nn.Module, # timm model without classifier
@@ -92,7 +92,7 @@ def blocks(model:nn.Module, # image or text tower
 FEATURE_SLOT = {ResNet: 'fc', ByobNet: 'head'} # the module whose output is the pooled feature
 
 # %% ../nbs/03_backbones.ipynb #fd2ba03c
-PLAIN_UP_TO = dict(fp32=100, fp16=100, bf16=600) # tokens
+PLAIN_UP_TO = dict(fp32=100, bf16=600, fp16=100) # tokens
 
 def choose_attention(model:nn.Module, # vision transformer; anything else is left alone
     device, # where it will run
@@ -101,7 +101,7 @@ def choose_attention(model:nn.Module, # vision transformer; anything else is lef
 )->bool: # is it the fused form now?
     "Plain attention for short sequences on a CPU, fused attention otherwise"
     tokens = getattr(getattr(model, 'patch_embed', None), 'num_patches', math.inf)
-    longest = PLAIN_UP_TO[precision] if max_tokens is None else max_tokens
+    longest = lookup(PLAIN_UP_TO, precision, 'precision') if max_tokens is None else max_tokens
     fused = torch.device(device).type != 'cpu' or tokens > longest
     for m in model.modules():
         if isinstance(m, Attention): m.fused_attn = fused
