@@ -38,7 +38,7 @@ from .recipes import Recipe, deciding, resolve, run_name
 from .learner import LiftModel
 from .interop import choose_entries, fill, read_original
 from .memory import estimate, forget_peak, peak
-from .predictor import check_frozen_weights, choose, save_lift, versions
+from .predictor import check_frozen_weights, choose, parted, save_lift, versions
 import lift_nb.learner as learner
 
 # %% ../nbs/15_experiment.ipynb #cd875e2b
@@ -151,8 +151,9 @@ def put_back_own(learn:Learner, # of the same recipe
     classes = about.get('classes') if isinstance(about.get('classes'), list) else []
     if classes != list(learn.dls.vocab): raise LiftError(f"'{path}' was trained on {len(classes)} classes ({classes[:3]} …), "
         f"the data has {len(learn.dls.vocab)} ({list(learn.dls.vocab)[:3]} …)")
-    choose(learn.model, {k.removeprefix('frozen/'): t for k, t in state.items() if k.startswith('frozen/')})
-    load_tuned(learn.model, tuned := {k: t for k, t in state.items() if not k.startswith('frozen/')})
+    kept, tuned = parted(state)
+    choose(learn.model, kept)
+    load_tuned(learn.model, tuned)
     if isinstance(about.get('digest'), str) and stored_alike(learn, about): check_frozen_weights(learn.model, tuned, about)
 
 def put_back_original(learn:Learner, # of the recipe that the checkpoint belongs to

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUT', 'PACKAGES', 'HEADER', 'FIELDS', 'LARGEST', 'OWN', 'versions', 'plain', 'as_written', 'image_settings',
            'tuned_in', 'carried', 'digest', 'description', 'save_lift', 'odd_in', 'check_settings', 'check_sizes',
-           'read_lift', 'is_path', 'source_of', 'zero_shot_from', 'rebuilt', 'choose', 'computing_in',
+           'read_lift', 'is_path', 'source_of', 'zero_shot_from', 'rebuilt', 'parted', 'choose', 'computing_in',
            'check_frozen_weights', 'put_in', 'place', 'load_lift', 'listed', 'Predictor']
 
 # %% ../nbs/14a_predictor.ipynb #fa27f37a
@@ -217,6 +217,13 @@ def rebuilt(about:dict, tensors:dict, # of `read_lift`
     return assemble(b, Method(**{**vars(METHODS['lift+']), **m}), about['names'], device, **parts, init='none')
 
 # %% ../nbs/14a_predictor.ipynb #b61fd2c8
+def parted(tensors:dict, # of a file: name → tensor
+)->tuple: # what is `carried`, what is trained
+    "The two kinds of tensors in a file of `save_lift`"
+    prefix = 'frozen/'
+    return ({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
+            {k: t for k, t in tensors.items() if not k.startswith(prefix)})
+
 def choose(model:LiftModel, # rebuilt
     kept:dict, # name → tensor
 ):
@@ -254,8 +261,7 @@ def put_in(model:LiftModel, # without trained tensors
     tensors:dict, about:dict, # of `read_lift`
 ):
     "Put in what the file holds; raises `LiftError` for other frozen weights, prompts or tensors"
-    kept = {k.removeprefix('frozen/'): t for k, t in tensors.items() if k.startswith('frozen/')}
-    tuned = {k: t for k, t in tensors.items() if not k.startswith('frozen/')}
+    kept, tuned = parted(tensors)
     choose(model, kept)
     for n, p in model.named_parameters(): p.requires_grad_(p.requires_grad or n in tuned)
     if wrong := differences(ours := carried(model), kept):
