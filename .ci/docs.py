@@ -16,10 +16,11 @@ from smalldocs.site import Site
 
 only_quarto = 'respect-user-color-scheme', 'html-math-method', 'output-file' # smalldocs does these in its own way
 
-def page_names(folder:Path)->dict: # {'00_data.ipynb': 'data.ipynb'}
+def page_names(folder:Path)->dict: # {Path('data/00_images.ipynb'): Path('data/images.ipynb')}
     "nbdev drops the numbers from the names of pages"
-    names = {f.name: _nbpath2html(f).with_suffix('.ipynb').name for f in sorted(folder.glob('*.ipynb'))}
-    twice = {n for n in names.values() if list(names.values()).count(n) > 1}
+    found = sorted(f.relative_to(folder) for f in folder.rglob('*.ipynb') if not any(p[0] in '_.' for p in f.relative_to(folder).parts))
+    names = {f: f.with_name(_nbpath2html(f).with_suffix('.ipynb').name) for f in found}
+    twice = {str(n) for n in names.values() if list(names.values()).count(n) > 1}
     if twice: sys.exit(f'Two notebooks become one page: {sorted(twice)}')
     return names
 
@@ -27,13 +28,12 @@ def stage(src:Path, dst:Path):
     "Copy what `proc_nbs` made under the pages' names, links to the published site made relative"
     cfg, names = get_config(), page_names(src)
     site = f'{cfg.doc_host}{cfg.doc_baseurl}/'
-    start = {'.ipynb': r'(?<=\]\()', '.yml': r'(?<=[ "\'])'}
     shutil.copytree(src, dst, dirs_exist_ok=True)
-    for f in [*dst.glob('*.ipynb'), *dst.glob('*.yml')]:
-        text = f.read_text(encoding='utf-8').replace(site, '')
-        for old,new in names.items(): text = re.sub(start[f.suffix]+re.escape(old), new, text)
+    for f in [*dst.rglob('*.ipynb'), *dst.glob('*.yml')]:
+        rel = f.relative_to(dst)
+        text = f.read_text(encoding='utf-8').replace(site, '../'*(len(rel.parts)-1))
         f.unlink()
-        f.with_name(names.get(f.name, f.name)).write_text(text, encoding='utf-8')
+        (dst/names.get(rel, rel)).write_text(re.sub(r'(?<=[(/ "\'])\d+_(?=\w+\.ipynb)', '', text), encoding='utf-8')
 
 def mathml(m:re.Match)->str:
     tex = f'${unescape(m[2]).strip()}$' if m[1]=='inline' else f'$${unescape(m[2]).strip()}$$'
@@ -102,7 +102,7 @@ def main():
     n, bare = undocumented(out, pages)
     problems += bare + [f'{f.name}: dead link {l}' for l,f in links if dead(l, f, pages)]
     sidebar = (get_config().nbs_path/'sidebar.yml').read_text(encoding='utf-8')
-    problems += [f'{f} is not in nbs/sidebar.yml' for f in page_names(get_config().nbs_path) if f not in sidebar]
+    problems += [f'{f} is not in nbs/sidebar.yml' for f in page_names(get_config().nbs_path) if str(f) not in sidebar]
     for p in sorted(set(problems)): print(p)
     print(f'{len(pages)} pages, {n} names, {len(links)} links: {len(set(problems))} problems')
     sys.exit(bool(problems))

@@ -1,4 +1,4 @@
-"Every code cell of every notebook is a pytest item: rooms run against the exported module, documents as they are."
+"Every code cell of every notebook is a pytest item: modules run against the exported module, documents as they are."
 import importlib, os, traceback
 import pytest
 from execnb.shell import CaptureShell
@@ -25,8 +25,8 @@ class Notebook(pytest.File):
     def setup(self):
         self.shell = CaptureShell(self.path, mpl_format='png')
         if not self.module: return
-        room = importlib.import_module(f"{get_config().lib_name}.{self.module}")
-        self.shell.user_ns.update({k: v for k,v in vars(room).items() if not k.startswith('__')})
+        module = importlib.import_module(f"{get_config().lib_name}.{self.module}")
+        self.shell.user_ns.update({k: v for k,v in vars(module).items() if not k.startswith('__')})
 
     def teardown(self):
         import matplotlib.pyplot as plt

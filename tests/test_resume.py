@@ -1,0 +1,144 @@
+"A training that is killed, on a disk that is full, with files that are damaged: it ends with the same weights, or says why not"
+import json, os, signal, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from lift_nb.core.errors import LiftError
+from lift_nb.data.dataset import digits_lt
+from lift_nb.experiments.run import run
+from lift_nb.core.files import _read_tensors
+from lift_nb.learner import lift_plus_learner
+from lift_nb.training.checkpoints import _newest_checkpoint, _list_checkpoints, _write_checkpoint
+from lift_nb.models.surgery import trainable_state
+
+def same(a, b):
+    "Are two dictionaries of tensors equal to the bit?"
+    return a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items())
+
+# Killed
+
+KILLS = '''
+import os, random, signal, sys, time
+from pathlib import Path
+from lift_nb.experiments.run import run
+
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+def start(name, **options):
+    if pid := os.fork(): return pid
+    try: run(folder/name, epochs=3, batch_size=16, expand=0, validate=False, echo=lambda line: None, **options)
+    except BaseException: os._exit(1)
+    os._exit(0)
+
+assert os.waitpid(start('whole'), 0)[1] == 0
+rng, killed = random.Random(0), 0
+while killed < kills:
+    pid = start('broken', resume=True, save_steps=2)
+    time.sleep(rng.uniform(.3, 2.5))
+    if os.waitpid(pid, os.WNOHANG)[0]: break
+    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    killed += 1
+if not (folder/'broken/result.json').exists(): assert os.waitpid(start('broken', resume=True), 0)[1] == 0
+print(killed)
+'''
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs fork')
+def test_killed_at_random_moments(tmp_path):
+    "SIGKILL between half a second and two after the start, again and again; the weights at the end are those of the undisturbed run"
+    done = subprocess.run([sys.executable, '-c', KILLS, tmp_path, '20'], env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 5, done.stdout
+    whole, broken = (_read_tensors(tmp_path/n/'model.safetensors')[0] for n in ('whole', 'broken'))
+    assert same(whole, broken)
+    results = [json.loads((tmp_path/n/'result.json').read_text()) for n in ('whole', 'broken')]
+    assert results[0]['per_class'] == results[1]['per_class'] and not (tmp_path/'broken/resume').exists()
+
+# Interrupted, and then?
+
+small = dict(epochs=2, batch_size=32, expand=0, validate=False)
+
+class Stop(Exception): pass
+
+def interrupted(folder, **options):
+    "A run that ends after its first epoch"
+    def echo(line):
+        if line.startswith('epoch 1/'): raise Stop('here')
+    with pytest.raises(Stop): run(folder, echo=echo, save_steps=3, **{**small, **options})
+
+def test_goes_on_or_begins_again(tmp_path):
+    "With resume a training goes on, and a finished one is shown; without it what was there moves aside"
+    said = []
+    whole, folder = run(tmp_path/'whole', echo=said.append, **small), tmp_path/'run'
+    interrupted(folder)
+    assert len(_list_checkpoints(folder/'resume')) == 2
+    again = run(folder, resume=True, echo=said.append, **small)
+    assert again['per_class'] == whole['per_class'] and any('Going on in epoch' in line for line in said) and not (folder/'resume').exists()
+    assert same(*(_read_tensors(f/'model.safetensors')[0] for f in (folder, tmp_path/'whole')))
+    before = (folder/'result.json').stat().st_mtime_ns
+    assert run(folder, resume=True, **small) == json.loads((folder/'result.json').read_text()) and (folder/'result.json').stat().st_mtime_ns == before
+    interrupted(tmp_path/'other')
+    assert run(tmp_path/'other', echo=said.append, **small)['per_class'] == whole['per_class']
+    assert 'An interrupted training moved' in ' '.join(said) and _list_checkpoints(tmp_path/'other.1/resume')
+
+def test_another_training(tmp_path):
+    interrupted(tmp_path/'run')
+    with pytest.raises(LiftError, match='belong to another training: epochs is 2 there and 3 here'): run(tmp_path/'run', resume=True, **{**small, 'epochs': 3})
+    with pytest.raises(LiftError, match='loss is .la. there and .ce. here'): run(tmp_path/'run', resume=True, loss='ce', **small)
+    with pytest.raises(LiftError, match='give one of them'): run(tmp_path/'run', resume=True, test_only=True, **small)
+    assert run(tmp_path/'run', resume=True, num_workers=1, device='cpu', **small)['recipe']['epochs'] == 2
+
+# A full disk
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of a megabyte"
+    if os.name != 'posix' or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', tmp_path], capture_output=True).returncode:
+        pytest.skip('needs the right to mount')
+    yield tmp_path
+    subprocess.run(['umount', '-l', tmp_path], check=True)
+
+class Fill(Callback):
+    "Fill the disk after the first epoch, when that is saved"
+    order = 95
+    def __init__(self, folder): self.folder = folder
+    def after_epoch(self):
+        try: (self.folder/'ballast').write_bytes(bytes(2**20))
+        except OSError: pass
+
+def trained(epochs, **kwargs):
+    set_seed(0)
+    learn = lift_plus_learner(digits_lt(n_max=40, n_test=1), 'tiny_clip', batch_size=16, expand=0, epochs=epochs)
+    with learn.no_bar(), learn.no_logging(): learn.fit_lift(**kwargs)
+    return learn
+
+def test_full_disk(small_disk, capsys):
+    "Training goes on without saving and says so; what was saved before the disk was full is whole, and can be gone on from"
+    whole = trained(3)
+    full = trained(3, resume=small_disk/'points', cbs=[Fill(small_disk)])
+    out = capsys.readouterr().out
+    assert out.count('Could not save') == 2 and 'No space left on device' in out, out
+    assert same(trainable_state(full.model), trainable_state(whole.model))
+    assert [p.name for p in _list_checkpoints(small_disk/'points')] == ['point-00001-00000000.safetensors'] and not list(small_disk.glob('points/*.part'))
+    (small_disk/'ballast').unlink()
+    assert same(trainable_state(trained(3, resume=small_disk/'points').model), trainable_state(whole.model))
+    assert 'Going on in epoch 2 of 3' in capsys.readouterr().out
+
+# Damaged files
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_save_points(tmp_path, data):
+    "A save point that was cut short or changed in any bit is recognised, and the one before it is used"
+    for f in _list_checkpoints(tmp_path): f.unlink()
+    for epoch in 1, 2: _write_checkpoint(tmp_path, epoch, 0, dict(w=torch.arange(40.)*epoch), dict(epochs=5))
+    path, said = _list_checkpoints(tmp_path)[0], []
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content)-1))
+    if data.draw(st.booleans()): content = content[:at]
+    else: content[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    found = _newest_checkpoint(tmp_path, dict(epochs=5), said.append)
+    assert found['position'] == (1, 0) and torch.equal(found['w'], torch.arange(40.)) and 'damaged' in said[0]
