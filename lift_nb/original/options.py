@@ -7,15 +7,11 @@ __all__ = ['translate']
 
 # %% ../../nbs/original/00_options.ipynb #1bbc45e5
 import ast, re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 from ..core.errors import LiftError, _lookup, _nearest
-from ..data.crops import MDA_SCHEDULES
-from ..models.surgery import ADAPTERS, _LINEARS
-from ..models.heads import HEADS, INITS
-from ..models.text_heads import _is_text_head
-from ..training.losses import LOSSES
-from ..experiments.recipe import METHODS, Method, Recipe, _check_modules, _option_names
+from ..core.catalog import ADAPTERS, HEADS, INITS, LOSSES, METHODS, _CROPS, _is_text_head
 
 # %% ../../nbs/original/00_options.ipynb #f0c5070b
 _WORDS = dict(none=None, null=None, true=True, false=False)
@@ -116,6 +112,8 @@ _CLASSIFIERS = dict(CosineClassifier='cosine', LinearClassifier='linear', L2Norm
 _LOSS_TYPES = {'Focal' if l == 'focal' else l.upper(): l for l in LOSSES}
 _MIXED = dict(amp='bf16', fp16='fp16', fp32='fp32', bf16='bf16')
 _PLACES = dict(end='end', middle='middle', front='front')
+_SCHEDULES = tuple(c for c in _CROPS if c != 'plain')
+_PARTS_OF_A_BLOCK = ('attn', 'mlp', 'all')
 
 # %% ../../nbs/original/00_options.ipynb #faf99119
 _ORIGINAL = {
@@ -139,7 +137,7 @@ _ORIGINAL = {
     'momentum': _Option('momentum', 0.9, 'of SGD'),
     'loss_type': _Option('loss', 'LA', ' '.join(_LOSS_TYPES), _one_of(_LOSS_TYPES)),
     'mda': _Option('mda', True, 'minimalist crop? False: the classic crop and flip'),
-    'mda_func': _Option('mda', 'convex', 'its schedule, when it is on: ' + ' '.join(MDA_SCHEDULES), _one_of({m: m for m in MDA_SCHEDULES}), False),
+    'mda_func': _Option('mda', 'convex', 'its schedule, when it is on: ' + ' '.join(_SCHEDULES), _one_of({m: m for m in _SCHEDULES}), False),
     'tte': _Option('tte', False, 'test-time ensembling: five crops?', _flag),
     'expand': _Option('expand', None, 'margin of the test crops; none: a seventh of the resolution, 24 with tte'),
     'tte_expand': _Option('tte_expand', None, 'margin of the five crops, when not that of expand'),
@@ -173,7 +171,7 @@ _PARTS = dict( # option → name of it in `adapt`, default, meaning, reader
     len=('r', None, 'number of prompts; none: from the number of classes, 2 in the text tower', _parse_value),
     dim=('r', None, 'width; none: from the number of classes, 4 in the text tower', _parse_value),
     ratio=('r', None, 'part of the entries; none: from the number of classes', _parse_value),
-    loc=('loc', 'all', ' '.join(_LINEARS), _one_of({l: l for l in _LINEARS})),
+    loc=('loc', 'all', ' '.join(_PARTS_OF_A_BLOCK), _one_of({l: l for l in _PARTS_OF_A_BLOCK})),
     seed=('seed', 0, 'of the choice', _whole))
 
 def _our_module(name):
@@ -194,31 +192,28 @@ def _module_options(tower:str, # 'v' or 'l'
 _ORIGINAL |= _module_options('v') | _module_options('l')
 
 # %% ../../nbs/original/00_options.ipynb #e2080a43
-_RUN_OPTIONS = dict(output_dir='folder of the run; none: output/<name of the run>', test_only='evaluate the tensors of an earlier run instead of training?',
-    model_dir='folder of that run; none: the output folder', validate='look at the test set after every epoch?',
-    print_freq='batches between two lines of the log; 0: a line after each epoch only',
-    resume='go on with an interrupted training in the folder?', save_minutes='minutes between two save points inside an epoch',
-    save_steps='batches between two save points inside an epoch; none: only by time')
-_READERS = dict(validate=_flag, resume=_flag, save_steps=_whole_or_none, save_minutes=_span)
-_NONE_IS_A_NAME = ('modules', 'text_modules', 'init')
-_TEXTS = [f.name for f in fields(Recipe) if f.type in (str, str|None)]
+def _reader_of(kinds, # types that a setting may have
+    none_is_a_name:bool=False, # does `none` name one of its choices?
+):
+    "Return how the words of a setting of this library are read"
+    if none_is_a_name: return lambda text: 'none' if _parse_value(text) is None else _parse_value(text)
+    if bool in kinds: return _flag
+    return _word if str in kinds and not {int, float} & {*kinds} else _parse_value
 
-def _check_name(name:str):
+def _check_name(name:str, own): # own: names of this library's settings
     "Raise `LiftError` with the nearest choices unless it is an option of ours or of the original"
-    known = {*_option_names(), *_RUN_OPTIONS, *_ORIGINAL}
+    known = {*own, *_ORIGINAL}
     if name in known: return
     near = _nearest(name, known)
     raise LiftError(f'Unknown option {name!r:.80}; ' + (f'choose from {near}' if len(near) <= 5 else "see 'lift_nb --help'"))
 
 def _read(name:str, # of an option, ours or the original's
     text:str, # as typed
+    own:dict, # setting of this library → its reader
 ):
-    "The value of one option; raises `LiftError` for a name or a value that cannot be"
-    _check_name(name)
-    if name in _ORIGINAL: reader = _ORIGINAL[name].read
-    elif name in _NONE_IS_A_NAME: reader = lambda text: 'none' if _parse_value(text) is None else _parse_value(text)
-    else: reader = _READERS.get(name, _word if name in _TEXTS else _parse_value)
-    try: return reader(text)
+    "Return the value of one option; raises `LiftError` for a name or a value that cannot be"
+    _check_name(name, own)
+    try: return (_ORIGINAL[name].read if name in _ORIGINAL else own[name])(text)
     except LiftError as e: raise LiftError(f'Option {name} {e}') from None
 
 # %% ../../nbs/original/00_options.ipynb #26547505
@@ -245,10 +240,14 @@ def _direct_settings(given:dict, # option → value
 def _as_table(modules, # names joined by '+', a list, a dict with options, or 'none'
 )->dict: # name → options
     "Modules with their options; raises `LiftError` for what is none"
-    _check_modules(modules, None, None)
-    if isinstance(modules, dict): return {n: dict(o or {}) for n, o in modules.items()}
-    names = modules.replace(' ', '').split('+') if isinstance(modules, str) else modules
-    return {n: {} for n in names if n != 'none'}
+    if isinstance(modules, str): modules = modules.replace(' ', '').split('+')
+    if not isinstance(modules, (list, tuple, dict)) or not all(isinstance(n, str) for n in modules):
+        raise LiftError(f"Modules are named as 'adaptformer+lora', or 'none', not {modules!r:.80}")
+    for n in modules: _lookup(dict.fromkeys([*ADAPTERS, 'none']), n, 'adapter')
+    options = modules if isinstance(modules, dict) else dict.fromkeys(modules)
+    if not all(isinstance(o or {}, dict) for o in options.values()):
+        raise LiftError(f'The options of an adapter are a dict as dict(r=4, layers=3), not {modules!r:.80}')
+    return {n: dict(o or {}) for n, o in options.items() if n != 'none'}
 
 def _plainest(table:dict, # name → options
 )->tuple: # modules, layers, dim
@@ -297,7 +296,7 @@ def _choose_head(given, settings, base)->str:
     parts = [p for p in _TEXT_SIDE if given.get(p, p in head.split('+'))]
     text = settings.get('text_modules', base.text_modules) != 'none'
     if not asked and (parts or text or _is_text_head(head)): return '+'.join(parts) or 'text'
-    return Method().head if head == 'zero_shot' else head
+    return _BASE['head'] if head == 'zero_shot' else head
 
 def _head_settings(given, settings, base):
     "Head, and what follows from having one, none, or nothing to train"
@@ -307,7 +306,7 @@ def _head_settings(given, settings, base):
     if given.get('zero_shot') and base.epochs:
         found['epochs'] = 0
         if base.modules != 'none' and not any(_module_switches(given, 'v')): found['modules'] = 'none'
-    if given.get('zero_shot') is False and not base.epochs: found['epochs'] = Method().epochs
+    if given.get('zero_shot') is False and not base.epochs: found['epochs'] = _BASE['epochs']
     return {k: v for k, v in found.items() if k == 'head' or k not in settings}
 
 def _place_settings(given, settings, base):
@@ -337,17 +336,24 @@ def _ineffective(given, settings, base)->list: # of option names
     parts = final('head').split('+')
     if 'coop' not in parts: idle += [n for n in ('coop_init', 'coop_ctx_len', 'coop_cls_pos') if given.get(n) is not None]
     if 'clip_adapter' not in parts: idle += [n for n in ('clip_adapter_dim',) if given.get(n) is not None]
+    if final('head') != 'cosine' and not _is_text_head(final('head')) and 'zero_shot' not in parts: idle += [n for n in ('classifier_scale',) if n in given]
     if not final('mda'): idle += [n for n in ('mda_func',) if n in given]
     if _is_text_head(final('head')) or 'zero_shot' in parts: idle += [n for n in ('classifier_init', 'classifier_scale') if n in given]
     return idle
 
 _STEPS = (lambda *x: _tower_settings(*x, 'v'), lambda *x: _tower_settings(*x, 'l'), _head_settings, _place_settings, _mda_settings)
 
+_BASE = dict(modules='none', text_modules='none', head='cosine', mda='convex', epochs=5) # where a method says nothing
+
 def translate(texts:dict, # option of ours or of the original → value as typed
-)->tuple: # settings of `Recipe` and `run`, list of sentences about what could not be done
-    "Words of a command line as settings; raises `LiftError` for what is unknown, cannot be, or excludes each other"
-    given = {n: _read(n, t) for n, t in texts.items()}
+    own:dict, # setting of this library → its reader
+)->tuple: # settings, list of sentences about what has no effect
+    "Return the words of a command line as settings; raises `LiftError` for what is unknown, cannot be, or excludes each other"
+    given = {n: _read(n, t, own) for n, t in texts.items()}
     settings = _direct_settings(given)
-    base = _lookup(METHODS, settings.get('method', Recipe().method), 'method')
+    base = SimpleNamespace(**{**_BASE, **_lookup(METHODS, settings.get('method', 'lift+'), 'method')})
     for step in _STEPS: settings |= step(given, settings, base)
-    return settings, [f'{n} has no effect here' for n in _ineffective(given, settings, base)]
+    idle = _ineffective(given, settings, base)
+    for n in idle:
+        if _ORIGINAL[n].direct: settings.pop(_ORIGINAL[n].setting, None)
+    return settings, [f'{n} has no effect here' for n in idle]
