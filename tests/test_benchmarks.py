@@ -222,7 +222,7 @@ def test_names_of_local_lists(tmp_path, name):
 
 def test_names_of_classes_come_from_the_cache(tmp_path, monkeypatch):
     "A local folder often holds the lists alone"
-    monkeypatch.setattr(benchmarks, 'fetch', lambda pin, path: path)
+    monkeypatch.setattr(benchmarks, '_fetch', lambda pin, path: path)
     assert benchmarks._names_file('ImageNet_LT/classnames.txt', tmp_path) == _cache_dir()/'ImageNet_LT/classnames.txt'
     (tmp_path/'classnames.txt').touch()
     assert benchmarks._names_file('ImageNet_LT/classnames.txt', tmp_path) == tmp_path/'classnames.txt'

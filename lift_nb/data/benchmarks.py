@@ -21,7 +21,7 @@ from ..core.errors import LiftError, _lookup
 from ..core.catalog import DATASETS
 from .dataset import LongTailData, digits_lt, from_arrays, long_tail_counts, long_tail_subset, shot_groups
 from .downloads import _PinnedFile, _cache_dir, _fetch
-from .folders import _from_path, from_table
+from .tables import _from_path, from_table
 from .lists import _as_text, _find_images, _open_text, _read_list, _usable_root
 
 # %% ../../nbs/data/06_benchmarks.ipynb #a7eabc64

@@ -19,7 +19,9 @@ import pandas as pd
 from ..core.errors import LiftError, _lookup, _nearest
 from .images import _all_image_facts
 from .dataset import LongTailData, plot_counts, shot_groups
-from .folders import from_folder, _from_path, from_table, _notes_about, _shorter
+from .lists import _notes_about
+from .folders import _shorter, from_folder
+from .tables import _from_path, from_table
 from .benchmarks import DATASETS, load_data
 
 # %% ../../nbs/data/07_inspection.ipynb #bf49a8c8

@@ -6,10 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/data/02_lists.ipynb #a3437909
-import lzma, os
+import csv, json, lzma, os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -99,3 +100,75 @@ def _find_images(root, # folder of the images
     hint = f"; they are in '{d}'" if (d := _nearby_folder(root, best[-1])) else ''
     raise LiftError(f"{len(best)} of {len(some)} images that were looked for are not in '{root}', among them "
                     f"{', '.join(map(repr, best[:3]))}; expected there: {expected}{hint}")
+
+# %% ../../nbs/data/02_lists.ipynb #ae4017a0
+def _clean_name(name)->str:
+    "One Unicode form (NFC), single blanks between words, none around them"
+    return ' '.join(normalize('NFC', str(name)).split())
+
+def _in_order(names)->list:
+    "Sorted; as numbers if all of them are numbers"
+    names = sorted(set(names))
+    return sorted(names, key=int) if all(n.isdecimal() for n in names) else names
+
+def _examples(items, # any number of things
+    n:int=5, # that are shown
+)->str:
+    "The first few, for a sentence"
+    items = list(items)
+    return ', '.join(str(i) for i in items[:n]) + (' …' if len(items) > n else '')
+
+def _notes_about(what:str, # is odd
+    which, # list of those
+)->list: # of one sentence, or of none
+    "A sentence about what is odd, if anything is"
+    return [f'{what} ({len(which)}): {_examples(which)}'] if len(which) else []
+
+# %% ../../nbs/data/02_lists.ipynb #958aca7b
+def _delimiter(text:str)->str:
+    "Comma, semicolon or tab: whichever the first line has most of"
+    return max(',;\t', key=text.split('\n', 1)[0].count)
+
+def _read_text(file, # path
+    what:str, # for the sentence
+)->str:
+    "A text file in UTF-8; raises `LiftError` when it cannot be read"
+    try: return Path(file).read_text(encoding='utf-8-sig')
+    except OSError as e: raise LiftError(f"Cannot read the {what} '{file}': {e.strerror}") from None
+    except UnicodeDecodeError: raise LiftError(f"The {what} '{file}' is not text in UTF-8") from None
+
+def _read_classes(file, # .txt, .json or .csv
+): # list of names, or dict folder → name
+    "Class names from a file"
+    text, suffix = _read_text(file, 'class names'), Path(file).suffix.lower()
+    if suffix == '.csv':
+        rows = [r for r in csv.reader(text.splitlines(), delimiter=_delimiter(text)) if r]
+        if any(len(r) < 2 for r in rows): raise LiftError(f"Each line of '{file}' must hold a folder and a name")
+        return {r[0]: r[1] for r in rows}
+    if suffix != '.json': return [l for l in text.splitlines() if l.strip()]
+    try: return json.loads(text)
+    except json.JSONDecodeError as e: raise LiftError(f"The class names '{file}' are not JSON: {e}") from None
+
+# %% ../../nbs/data/02_lists.ipynb #d7dd22c3
+def _name_list(found, # (C) names of the folders, in order
+    names, # list of class names
+)->dict: # found → name, in label order
+    "What a list of names says about what is found; raises `LiftError` when it does not fit"
+    if sorted(found) == sorted(names): return dict(zip(names, names))
+    if all(f.isdecimal() for f in found) and int(found[-1]) < len(names): return {f: names[int(f)] for f in found}
+    if len(found) == len(names): return dict(zip(found, names))
+    raise LiftError(f'{len(names)} class names ({_examples(names, 3)}) were given for {len(found)} classes ({_examples(found, 3)})')
+
+def _name_classes(found, # names of the folders, or labels of a table
+    classes=None, # None, a list, a mapping, or a file with one of them
+)->dict: # found → name for the prompts, in label order
+    "The classes' order and names; raises `LiftError` when `classes` does not fit"
+    found = _in_order(found)
+    if classes is None: return dict(zip(found, found))
+    if isinstance(classes, (str, Path)): classes = _read_classes(classes)
+    if isinstance(classes, (list, tuple)): return _name_list(found, [_clean_name(c) for c in classes])
+    if not isinstance(classes, dict): raise LiftError(f'Class names are a list, a mapping or a file, not {type(classes).__name__}')
+    names = {_clean_name(k): _clean_name(v) for k, v in classes.items()}
+    missing = [f for f in found if not names.get(f)]
+    if missing: raise LiftError(f'The class names lack {len(missing)} of {len(found)} classes: {_examples(missing)}')
+    return {f: names[f] for f in found}
