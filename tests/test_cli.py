@@ -8,23 +8,30 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from lift_nb.models.adapters import auto_dim
-from lift_nb.models.backbones import BACKBONES
+from lift_nb.core.catalog import BACKBONES, METHODS
 from lift_nb.core.errors import LiftError
 from lift_nb.data.benchmarks import DATASETS
-from lift_nb.cli import main, _parse_args, _read_words, _split_settings
+from lift_nb.cli import main, _arguments, _group, _split_settings, _translated
 from lift_nb.data.dataset import digits_lt
-from lift_nb.experiments.run import _build, _load_previous, run
+from lift_nb.experiments.build import _build
+from lift_nb.experiments.run import _load_previous, run
 from lift_nb.original.checkpoints import save_original
 from lift_nb.core.locks import _LOCK, _locked
-from lift_nb.original.options import _MODULES, _ORIGINAL, _RUN_OPTIONS, _parse_value, translate
+from lift_nb.original.options import _MODULES, _ORIGINAL, _parse_value
 from lift_nb.experiments.sweeps import _recipe_hash
-from lift_nb.experiments.recipe import _BACKBONE_SETTINGS, METHODS, Recipe, _option_names, resolve, _resolve_with_sources, run_name
+from lift_nb.experiments.recipe import _FIELDS, Recipe, RunSettings, _option_names, resolve, _resolve_with_sources, run_name
 
 DATA = [d for d in DATASETS if d != 'digits_lt']
 MAIN = ['cifar100_ir10', 'cifar100_ir50', 'cifar100_ir100', 'imagenet_lt', 'places_lt', 'inat2018']
 BLOCKS = 12
 
-def recipe(line): return _parse_args(line.split())
+GROUP = _group()
+def read(words): # as the command line reads them
+    "Settings and notes of a line of the original program"
+    pairs = (w.removeprefix('--').partition('=') for w in _arguments(words, GROUP)[1:] if w != '--')
+    return _translated({k: v for k, _, v in pairs}, lenient=True)
+def parse(words): return resolve(**_split_settings(read(words)[0])[0])
+def recipe(line): return parse(line.split())
 def has(r, **want): return {k: getattr(r, k) for k in want} == want
 
 def line(data='imagenet_lt', backbone='clip_vit_b16', method='lift+', more=''): return f'-d {data} -b {backbone} -m {method} {more}'
@@ -76,7 +83,7 @@ TEXT = {
 
 def lines():
     for d, b in product(MAIN, BACKBONES):
-        for m in ('lift+', 'lift', 'lp', 'fft', 'aft'): yield line(d, b, m, 'tte True'), dict(data=d, backbone=b, tte=True, **{k: _BACKBONE_SETTINGS[b][k] for k in ('resolution', 'init')})
+        for m in ('lift+', 'lift', 'lp', 'fft', 'aft'): yield line(d, b, m, 'tte True'), dict(data=d, backbone=b, tte=True, **{k: BACKBONES[b].defaults[k] for k in ('resolution', 'init')})
     for d, m in product(DATA, METHODS): yield line(d, method=m), dict(data=d, method=m)
     for d, m in product(('cifar100_ir100', 'imagenet_lt', 'places_lt'), ('coop', 'zs')): yield line(d, method=m), dict(head=dict(coop='coop', zs='zero_shot')[m])
     for d, (more, want) in product(('imagenet_lt', 'places_lt'), (ABLATION | CLASSIFIERS | INITS | LOSSES | SCHEDULES | EPOCHS | SIZES | HARDWARE).items()): yield line(d, more=more), want
@@ -92,7 +99,7 @@ def test_every_family_is_understood():
 
 def test_notes_only_where_something_is_in_vain():
     "Nothing that the families say is without effect, but for a schedule of what is off"
-    told = {l: notes for l, _ in ALL if (notes := translate(_read_words(l.split())[0])[1])}
+    told = {l: notes for l, _ in ALL if (notes := read(l.split())[1])}
     assert all('mda False mda_func' in l for l in told), told
 
 def test_defaults_are_those_of_the_original():
@@ -115,11 +122,11 @@ def test_both_vocabularies_give_one_recipe():
 @given(st.permutations(['lr 0.01', 'num_epochs 3', 'v.lora True', 'v.adaptformer_dim 4', 'loss_type CE', 'tte True']))
 def test_order_does_not_matter(parts):
     first = 'lr 0.01 num_epochs 3 v.lora True v.adaptformer_dim 4 loss_type CE tte True'
-    a, b = (_split_settings(translate(_read_words(l.split())[0])[0])[0] for l in (first, ' '.join(parts)))
+    a, b = (_split_settings(read(l.split())[0])[0] for l in (first, ' '.join(parts)))
     assert resolve(**a) == resolve(**b) and run_name(**a) == run_name(**b)
 
 def test_sources():
-    r, source = _resolve_with_sources(**translate(_read_words(line('digits_lt', 'tiny_clip', 'lift', 'weight_decay 0.1').split())[0])[0])
+    r, source = _resolve_with_sources(**read(line('digits_lt', 'tiny_clip', 'lift', 'weight_decay 0.1').split())[0])
     for k, s in dict(weight_decay='option', epochs='data', lr='method', mda='method', resolution='backbone', init='backbone', momentum='default', head='default', data='option').items():
         assert source[k] == s, k
     assert set(source) == {*_option_names()}
@@ -142,15 +149,44 @@ def test_fifteen_epochs_on_inaturalist(capsys):
     assert epochs(line('inat2018', method='lp')) == epochs(line('places_lt')) == ['5', 'default']
 
 def test_what_is_not_in_names(tmp_path):
-    "Where things lie and what computes decides neither a run's folder nor its hash"
-    where = dict(lists=str(tmp_path), root=str(tmp_path), device='cpu', num_workers=2)
-    assert run_name(**where) == run_name() and _recipe_hash(asdict(resolve(**where))) == _recipe_hash(asdict(resolve()))
-    assert run_name(skip_corrupt=True) != run_name() and _recipe_hash(asdict(resolve(skip_corrupt=True))) != _recipe_hash(asdict(resolve()))
+    "What computes decides neither a run's folder nor its hash, nor does the root of a named set; another checkpoint, list or folder does"
+    where = dict(data='imagenet_lt', root=str(tmp_path), device='cpu', num_workers=2)
+    assert run_name(**where) == run_name(data='imagenet_lt') and _recipe_hash(resolve(**where).settings()) == _recipe_hash(resolve(data='imagenet_lt').settings())
+    for k in ('checkpoint', 'lists'): assert len({run_name(data='imagenet_lt', **{k: v}) for v in ('a', 'b', None)}) == 3
+    assert run_name(data='a/images') != run_name(data='b/images') and run_name(data=str(tmp_path), skip_corrupt=True) != run_name(data=str(tmp_path))
+
+@pytest.mark.parametrize('data', [*DATASETS, '.'])
+def test_both_doors_resolve_alike(data):
+    "For every data set, backbone and method the learner's words and the shell's give one recipe"
+    for b, m in product([*BACKBONES, None], METHODS):
+        words = [w for k, v in dict(data=data, backbone=b, method=m).items() if v for w in (f'--{k}', v)]
+        assert parse(['train', *words]) == resolve(data=data, backbone=b, method=m), (data, b, m)
+
+def test_a_setting_is_one_line(monkeypatch, capsys):
+    "A field that is added reaches the shell, its help, the learner's signature, the table in the docs and the run's hash"
+    import dataclasses
+    import lift_nb.experiments.recipe as recipe_module, lift_nb.cli as cli
+    from lift_nb.learner import _settings_signature, lift_plus_learner
+    wider = dataclasses.make_dataclass('Recipe', [('sharpness', float, recipe_module._setting(1., 'Training', 'how sharp it is', recipe_module._POSITIVE))], bases=(Recipe,), frozen=True, repr=False)
+    monkeypatch.setattr(recipe_module, 'Recipe', wider)
+    monkeypatch.setattr(cli, 'Recipe', wider)
+    monkeypatch.setattr('lift_nb.learner.Recipe', wider)
+    monkeypatch.setitem(_FIELDS, 'sharpness', {f.name: f for f in dataclasses.fields(wider)}['sharpness'])
+    assert main('train digits_lt --sharpness 2 --dry-run'.split()) == 0
+    assert [l.split() for l in capsys.readouterr().out.splitlines() if l.startswith('sharpness')] == [['sharpness', '2.0', 'option']]
+    assert main(['train', '--help']) == 0 and 'how sharp it is' in capsys.readouterr().out
+    assert main('train digits_lt --sharpness 0'.split()) == 2 and 'sharpness must be above 0' in capsys.readouterr().err
+    assert 'sharpness' in _settings_signature(lift_plus_learner, ('data',), ()).parameters and 'how sharp it is' in recipe_module.settings_table({})
+    hashes = {_recipe_hash(resolve(sharpness=s).settings()) for s in (1., 2.)}
+    assert len(hashes) == 2 and 'sharpness_2.0' in run_name(sharpness=2.)
 
 def test_help_names_everything(capsys):
     assert main(['--help']) == 0
     out = capsys.readouterr().out
-    assert all(n in out for n in [*_option_names(), *_RUN_OPTIONS, *DATASETS, *BACKBONES, *METHODS, *(n for n in _ORIGINAL if '.' not in n and n not in ('dataset', 'backbone'))])
+    assert all(n in out for n in [*DATASETS, *BACKBONES, *METHODS, 'train', 'predict', 'reproduce', 'sweep', 'compare', 'bench'])
+    assert main(['train', '--help']) == 0
+    out = capsys.readouterr().out
+    assert all(f'--{n} ' in out for n in _FIELDS) and all(n in ' '.join(out.split()) for n in ('(original: num_epochs)', 'lift_nb train path/to/images --epochs 3'))
     assert max(map(len, out.splitlines())) <= 150
 
 def one_line(words, capsys):
@@ -161,30 +197,30 @@ def one_line(words, capsys):
     return err
 
 @pytest.mark.parametrize('words, says', {
-    'num_epoch 5': "choose from ['num_epochs', ", 'v.adaptfomer True': "'v.adaptformer'", 'l.lora_dims 4': "'l.lora_dim'", 'qwxyz 1': "see 'lift_nb --help'",
+    'num_epoch 5': "choose from ['num_epochs', ", 'v.adaptfomer True': "'v.adaptformer'", 'l.lora_dims 4': "'l.lora_dim'", 'qwxyz 1': "see 'lift_nb --help'", '--epoch 3': "'epochs'", 'loss bs tau 2': "belongs to the loss 'la'", 'train -m lp --layers 3': "modules is 'none'",
     'loss_type CEE': "one of ['CE', 'Focal', 'LDAM'", 'classifier Cosine2': "one of ['CosineClassifier'", 'mda_func convx': "one of ['min', 'max'", 'v.aft_loc mid': "one of ['attn', 'mlp', 'all']",
     'v.lora maybe': 'must be True or False', 'v.fft_layers all': 'must be none (all), a number', 'gpu fast': 'must be the number of a GPU', 'prec_train int8': "one of ['amp', 'fp16'",
     'coop_cls_pos top': "one of ['end', 'middle', 'front']", 'v.adaptformer_dim 0': 'dim must be above 0', 'v.adaptformer_dim 2.5': 'width of', 'lr 1e999': 'must be finite', 'lr -1': 'above 0', 'lr': 'has no value', 'mean [1,2]': 'three numbers',
     'num_epochs 5 epochs 6': 'give one of them', 'coop True classifier CosineClassifier': 'no classifier beside', '-m lift++': "Unknown method 'lift++'; choose from ['lift+'",
-    '-d imagnet_lt': "choose from ['imagenet_lt'", '-b clip_vit_b61': "choose from ['clip_vit_b16'", 'batch_size 10 accum_step 3': 'cannot be cut into 3', 'classifier_init means': "one of ['semantic'",
+    '-d imagnet_lt': "choose from ['imagenet_lt'", '-b clip_vit_b61': "choose from ['clip_vit_b16'", 'batch_size 10 accum_step 3': 'into 3 equal gradient-accumulation steps', 'classifier_init means': "one of ['semantic'",
 }.items())
 def test_mistakes_are_one_sentence(words, says, capsys): assert says in one_line(words.split(), capsys)
 
-keys = st.sampled_from([*_ORIGINAL, *_option_names(), *_RUN_OPTIONS, '-d', '-b', '-m'])
+keys = st.sampled_from([*_ORIGINAL, *_FIELDS, '-d', '-b', '-m'])
 values = st.one_of(st.text(max_size=12), st.sampled_from(['True', 'False', 'none', '0', '1', '-1', '0.5', '[0,1]', 'range(3)', '[]', '{}', "{'lora': 5}", "{'lora': {'r': 'x'}}", '"', '[[]]', "['lora']",
     'lora+aft', 'coop', 'zero_shot', '{[]: 1}', '9'*50, '1e999', 'nan', 'range(10,0)', '{}{}', '(' * 300, 'a\0b', '\udc80', '/'*5000]))
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(keys, values), max_size=5))
 def test_any_values_make_a_recipe_or_a_sentence(pairs):
-    try: r = _parse_args([w for p in pairs for w in p])
+    try: r = parse([w for p in pairs for w in p])
     except LiftError as e: assert str(e) and len(str(e).splitlines()) == 1
     else: assert isinstance(r, Recipe) and _resolve_with_sources(**{f: getattr(r, f) for f in _option_names()})[0] == r
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=6))
 def test_garbage_never_crashes(words):
-    try: _parse_args(words)
+    try: parse(words)
     except LiftError: pass
 
 @given(st.dictionaries(st.sampled_from(['data', 'template', 'root', 'loss', 'ctx']), st.text(max_size=300), max_size=4))
@@ -226,7 +262,7 @@ def test_settings_reach_the_run(small, tmp_path):
     assert sum('  batch ' in l for l in said) == 3 and r['recipe']['mean'] == (.1, .9, .5)
     learn = _build(resolve(mean=(.1, .9, .5), std=(1, 2, 3)))
     assert learn.backbone.mean == (.1, .9, .5) and torch.allclose(learn.dls.after_batch.fs[-1].std.flatten().cpu(), torch.tensor([1., 2, 3]))
-    assert usual['recipe']['mean'] == _BACKBONE_SETTINGS['tiny_clip']['mean']
+    assert usual['recipe']['mean'] == BACKBONES['tiny_clip'].defaults['mean']
 
 @pytest.mark.parametrize('modules, head', [('adaptformer', 'cosine'), ('aft', 'linear'), ('none', 'coop'), ('lora', 'text')])
 def test_checkpoints_of_the_original(modules, head, small, tmp_path, capsys):
