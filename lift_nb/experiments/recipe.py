@@ -193,6 +193,9 @@ class Recipe(_Network):
     def explained(self)->dict: # setting → (value, 'default', 'backbone', 'method', 'data', 'option' or '')
         "Return every setting with where it came from"
         return {f.name: (getattr(self, f.name), getattr(self, 'sources', {}).get(f.name, '')) for f in fields(self)}
+    def settings(self)->dict: # setting → value
+        "Return every setting by name"
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 # %% ../../nbs/experiments/00_recipe.ipynb #1bd5deea
 _MINUTES = (lambda v: 0 < v < 1e6, 'above 0')
