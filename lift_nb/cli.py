@@ -369,7 +369,8 @@ def main(argv=None, # words after the program's name; None: those of this proces
     try:
         _dispatch(argv)
         sys.stdout.flush()
-    except BrokenPipeError: # whoever read the output, as `head`, has seen enough
+    except (BrokenPipeError, SystemExit) as e: # whoever read the output, as `head`, has seen enough; click says so by 1
+        if isinstance(e, SystemExit) and e.code != 1: raise
         sys.stdout = open(os.devnull, 'w') # nothing more to say at the end
         return 0
     except (LiftError, click.ClickException) as e:

@@ -28,6 +28,7 @@ BLOCKS = 12
 GROUP = _group()
 def read(words): # as the command line reads them
     "Settings and notes of a line of the original program"
+    if not words: return {}, []
     pairs = (w.removeprefix('--').partition('=') for w in _arguments(words, GROUP)[1:] if w != '--')
     return _translated({k: v for k, _, v in pairs}, lenient=True)
 def parse(words): return resolve(**_split_settings(read(words)[0])[0])

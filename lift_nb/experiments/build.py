@@ -71,7 +71,7 @@ def _given_names(given, # list, dict, array or path
     classes, # C names of the data
 )->list: # C names
     "Return the class names for the prompts; raises `LiftError` unless there is one for each class"
-    from lift_nb.data.folders import _read_classes
+    from lift_nb.data.lists import _read_classes
     if isinstance(given, (str, os.PathLike)): given = _read_classes(given)
     if isinstance(given, dict):
         if unknown := [k for k in given if str(k) not in classes]:

@@ -137,7 +137,7 @@ class _Source:
     num_workers: int|None = _setting(None, 'Data', 'processes that load images; none: by the kind of data', _NOT_NEGATIVE, needs=_CROPPED, decides=False, named=False)
     backbone: object = _setting('clip_vit_b16', 'Backbone', 'a name, a timm or open_clip name, a file, or the network', _check_backbone)
     checkpoint: str|None = _setting(None, 'Backbone', "local file of the backbone's weights", named=False)
-    features: str|None = _setting(None, 'Backbone', 'folder of cached features of frozen backbones; none: computed each time', decides=False, named=False)
+    features: str|None = _setting(None, 'Backbone', 'folder of cached features of frozen backbones; none: computed each time', needs=_CROPPED, decides=False, named=False)
     resolution: int|None = _setting(None, 'Backbone', "pixels of the images; none: the backbone's", _POSITIVE)
     mean: tuple|None = _setting(None, 'Backbone', "three means of the images in [0, 1]; none: the backbone's", _three('numbers'))
     std: tuple|None = _setting(None, 'Backbone', "three standard deviations; none: the backbone's", _three('positive numbers'))
@@ -291,7 +291,7 @@ def _ineffective(given:dict, # checked settings
     r, found = Recipe(**_merge(_layers_of_settings(given))), {}
     for name, value in given.items():
         reason = next((words for condition, words in _FIELDS[name].metadata['needs'] if not condition(r)), None)
-        if reason is None: continue
+        if reason is None or (name, value) == ('epochs', 0): continue
         without = _merge(_layers_of_settings({k: v for k, v in given.items() if k != name}))[name]
         if not _same_value(value, without): found[name] = f'Setting {name} has no effect here: it belongs to {reason}'
     return found
