@@ -28,27 +28,23 @@ import fastai.vision.learner  # teaches show_results about images
 from fasttransform import Pipeline
 
 from .core.errors import LiftError, _lookup
-from .models.precision import autocast, _check_frozen
+from .models.precision import autocast
 from .core.processes import is_distributed
 from .data.dataset import LongTailData, class_counts, long_tail_subset
 from .data.loaders import SeededDL, dataloaders
 from .data.benchmarks import load_data
 from .data.crops import CenterCrop, FiveCrops, MinimalistCrop, train_crop
-from .models.backbones import Backbone, choose_attention, create_backbone
-from .models.text import TEMPLATE
-from .models.model import LiftModel
-from .models.surgery import adapt, first_token_only, n_trainable
-from .models.heads import create_head
+from .models.backbones import Backbone, create_backbone
+from .models.model import LiftModel, assemble, compile_backbone
+from .models.surgery import n_trainable
 from .models.features import FeatureCache, _CachedFeatures
-from .models.text_heads import TextHead, create_text_head, _is_text_head, zero_shot_head
 from .training.losses import LOSSES, CrossEntropy, LogitAdjustment
 from .evaluation.metrics import Scores, group_metrics, score_preds
-from .training.callbacks import AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, EpochCosine, FrozenEval, ScaleLoss, _SmoothLoss, StopOnNonFinite
+from .training.callbacks import AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, EpochCosine, FrozenEval, _PlainTensors, ScaleLoss, _SmoothLoss, StopOnNonFinite
 from .training.checkpoints import _fit_resumably, _random_state, _set_random_state
 from .training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from .experiments.recipe import METHODS, Method
-from .training.memory import _choose_accum_step, _reduce_memory
-from .training.compiling import compile_backbone
+from .training.memory import _choose_accum_step
 
 # %% ../nbs/00_learner.ipynb #ddb9a208
 def _lift_dataloaders(data:LongTailData, # training and test images
@@ -121,15 +117,6 @@ def _head_init_inputs(b:Backbone, # frozen, nothing attached
     images = [cache.data.train_images[i] for i in batches.dataset.idxs]
     return replace(b, model=_CachedFeatures(b.n_features)), cache.batches(b.model, batches, images, precision=precision)
 
-def _make_head(m, backbone, batches, classes, init, scale, template, precision, options):
-    "The head that a method asks for: see `create_head`, `create_text_head` and `zero_shot_head`"
-    options = {k: v for k, v in options.items() if v is not None}
-    if _is_text_head(m.head): return create_text_head(m.head, backbone, classes, template, text_modules=m.text_modules, precision=precision, **options)
-    if m.text_modules != 'none': options['text_modules'] = m.text_modules
-    if options: raise LiftError(f"{sorted(options)} belong to a head without classifier ('text', 'coop', …), not to {m.head!r}")
-    if m.head == 'zero_shot': return zero_shot_head(backbone, classes, template)
-    return create_head(m.head, backbone, classes, backbone.init if init is None else init, batches, scale, template)
-
 def _take_options(kwargs:dict, # options by name; those that are taken are removed
     f, # function
 )->dict:
@@ -147,33 +134,7 @@ def _make_loss(loss, # a name of `LOSSES`, or a ready loss (logits, labels) → 
     return (CrossEntropy(), [AdjustLogits(loss)]) if isinstance(loss, LogitAdjustment) else (loss, [])
 
 # %% ../nbs/00_learner.ipynb #123aceff
-@delegates(create_text_head, but=['text_modules'])
-def _assemble(b:Backbone, # frozen
-    m:Method, # head and modules
-    classes, # C class names for the prompts
-    device, # where it computes
-    start=None, # backbone and batches for the head's initialisation: see `_head_init_inputs`; None: there are no images
-    layers=None, # adapted blocks: None (all), the last k, or a list
-    dim:int|None=None, # width of the modules; None: from the number of classes
-    init=None, # a name of `INITS` or a (C, d) matrix; None: the backbone's
-    scale:float=25., # of the cosine head
-    template:str=TEMPLATE, # prompt of the class names
-    precision:str='fp32', # in which the network computes, a name of `PRECISIONS`
-    frozen_precision:str='fp32', # in which its frozen weights are kept: see `store_frozen`
-    recompute:bool=False, # compute blocks again in the backward pass instead of keeping activations?
-    **kwargs, # for a head without classifier: see `create_text_head`
-)->LiftModel:
-    "Backbone, modules and head"
-    _check_frozen(precision, frozen_precision)
-    choose_attention(b.model.to(device), device, precision)
-    with autocast(device, precision): head = _make_head(m, *(start or (b, None)), classes, init, scale, template, precision, kwargs)
-    if m.modules != 'none': adapt(b.model, m.modules, len(classes), layers, dim)
-    first_token_only(b.model)
-    _reduce_memory(b.model, frozen_precision, recompute and n_trainable(b.model) > 0) # a tower that trains nothing keeps nothing anyway
-    if isinstance(head, TextHead): _reduce_memory(head.tower, frozen_precision, recompute and n_trainable(head) > 0)
-    return LiftModel(b.model, head, precision, frozen_precision).to(device)
-
-@delegates(_assemble, but=['start'])
+@delegates(assemble, but=['device', 'modules', 'text_modules', 'head', 'head_init_inputs'])
 def _build_model(b:Backbone, # frozen
     m:Method, # head and modules
     dls:DataLoaders, # images for a class-mean start
@@ -181,11 +142,12 @@ def _build_model(b:Backbone, # frozen
     classes, # C class names for the prompts
     cache:FeatureCache|None=None, # of features; None: they are computed
     precision:str='fp32', # in which the network computes, a name of `PRECISIONS`
-    **kwargs, # see `_assemble`
+    **kwargs, # see `assemble`
 )->LiftModel:
     "The model for these data"
     start = _head_init_inputs(b, _plain_train_batches(dls, labels), cache, precision)
-    return _assemble(b, m, classes, dls.device, start, precision=precision, **kwargs)
+    return assemble(b, classes, dls.device, modules=m.modules, text_modules=m.text_modules, head=m.head, head_init_inputs=start,
+        precision=precision, **kwargs)
 
 # %% ../nbs/00_learner.ipynb #299e42a4
 def _method_callbacks(m:Method, # crop schedule
@@ -197,7 +159,7 @@ def _method_callbacks(m:Method, # crop schedule
     "The callbacks that a method needs whatever its loss is"
     guard = ScaleLoss if precision == 'fp16' else StopOnNonFinite
     crops = [t for t in getattr(dls.train.after_item, 'fs', []) if isinstance(t, MinimalistCrop)]
-    return [FrozenEval(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(nonfinite), *([CropSchedule(crops[0], m.mda)] if crops and m.mda else []),
+    return [FrozenEval(), _PlainTensors(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(nonfinite), *([CropSchedule(crops[0], m.mda)] if crops and m.mda else []),
             *([AccumulateGradients(accum_step)] if accum_step > 1 else [])]
 
 def _build_learner(dls:DataLoaders, # training and test set

@@ -31,10 +31,9 @@ from .models.text import _is_template_file, _read_templates
 from .models.adapters import MaskedLinear
 from .models.surgery import _differences, load_trainable
 from .models.features import _add_tensors
-from .models.text_heads import TextHead, ZeroShotHead
-from .experiments.recipe import METHODS, Method, _check_modules, _check_value
-from .models.model import LiftModel
-from .learner import _assemble
+from .models.text_heads import ZeroShotHead
+from .experiments.recipe import _check_modules, _check_value
+from .models.model import LiftModel, assemble, set_precision
 
 # %% ../nbs/01_predictor.ipynb #31d31191
 _LAYOUT = 1
@@ -213,7 +212,7 @@ def _rebuild(about:dict, tensors:dict, # of `_read_lift`
     if m['head'] == 'zero_shot': m['head'] = _zero_shot_from(tensors)
     elif _is_template_file(parts.get('template')): raise LiftError(f"The prompts of this model stand in '{parts['template']}'; pass them as template")
     b = create_backbone(**source)
-    return _assemble(b, Method(**{**vars(METHODS['lift+']), **m}), about['names'], device, **parts, init='none')
+    return assemble(b, about['names'], device, **m, **parts, init='none')
 
 # %% ../nbs/01_predictor.ipynb #b61fd2c8
 def _split_state(tensors:dict, # of a file: name → tensor
@@ -241,9 +240,7 @@ def _set_compute_precision(model:LiftModel, # loaded
     "The model with all weights in float32, computing in this precision"
     model.float()
     model.frozen_precision = 'fp32'
-    for m in (model, model.head):
-        if isinstance(m, (LiftModel, TextHead)): m.precision = precision
-    return model
+    return set_precision(model, precision)
 
 # %% ../nbs/01_predictor.ipynb #42834fbc
 def _check_frozen_weights(model:LiftModel, # with its modules

@@ -31,8 +31,7 @@ from ..models.features import _CachedFeatures
 from ..training.losses import LogitAdjustment
 from ..evaluation.metrics import _hits_by_class
 from ..experiments.recipe import METHODS
-from ..training.compiling import compile_backbone
-from ..models.model import LiftModel
+from ..models.model import LiftModel, compile_backbone
 from ..learner import _Rows, _build_learner, _lift_dataloaders, lift_plus_learner
 from .steps import _BENCHES, _machine, _time_once, _ratio, step_setup
 

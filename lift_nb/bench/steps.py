@@ -20,10 +20,9 @@ from ..core.errors import _lookup
 from ..models.backbones import choose_attention, create_backbone
 from ..models.text import TextTower
 from ..models.surgery import ADAPTERS, adapt, first_token_only
-from ..models.heads import create_head
 from ..models.text_heads import _text_head_for
 from ..training.losses import LogitAdjustment
-from ..models.model import LiftModel
+from ..models.model import assemble
 
 # %% ../../nbs/bench/00_steps.ipynb #9fc29970
 def _seconds(f, # what to time, called without arguments
@@ -81,10 +80,7 @@ def step_setup(backbone:str, # a name of `BACKBONES`
 ): # model, function that runs one step, images
     "A LIFT+ model with random weights, and its training step on one random batch"
     b = create_backbone(backbone, pretrained=False)
-    choose_attention(b.model, device, precision)
-    adapt(b.model, 'adaptformer', n_classes)
-    first_token_only(b.model)
-    model = LiftModel(b.model, create_head('cosine', b, [str(i) for i in range(n_classes)], 'none'), precision).to(device)
+    model = assemble(b, [str(i) for i in range(n_classes)], device, init='none', precision=precision)
     x, y = torch.randn(bs, 3, b.resolution, b.resolution, device=device), torch.randint(n_classes, (bs,), device=device)
     loss = LogitAdjustment(torch.arange(n_classes)+1).to(device)
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=.02, momentum=.9, weight_decay=5e-4)

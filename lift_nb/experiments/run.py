@@ -158,8 +158,7 @@ def _load_from_original(learn:Learner, # of the recipe that the checkpoint belon
 ):
     "Load the original program's trained tensors; raises `LiftError` for every difference"
     state, model = _read_original(path), learn.model
-    _set_masked_entries_from(model.backbone, state, 'image_encoder')
-    if isinstance(model.head, TextHead): _set_masked_entries_from(model.head.tower, state, 'text_encoder')
+    _set_masked_entries_from(model, state)
     _load_original_tensors(model, state)
 
 _LOADERS = {'model.safetensors': _load_own, 'checkpoint.pth.tar': _load_from_original}

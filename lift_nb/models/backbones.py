@@ -118,7 +118,9 @@ class _ScaledSiLU(torch.autograd.Function):
 
 class _QuickGELU(nn.Module):
     "`x · sigmoid(1.702 x)` with one tensor kept for the backward pass"
-    def forward(self, x): return _ScaledSiLU.apply(x)
+    def forward(self, x):
+        if torch.jit.is_tracing() or torch.compiler.is_exporting(): return F.silu(1.702*x)/1.702 # a file holds no Python functions
+        return _ScaledSiLU.apply(x)
 
 def _memory_saving_activations(model:nn.Module, # image or text tower; changed in place
 )->nn.Module:

@@ -17,10 +17,9 @@ from ..core.errors import LiftError
 from ..models.backbones import _FEATURE_SLOT, Backbone, blocks, create_backbone, _lookup_class
 from ..models.text import TEMPLATE, text_tower
 from ..models.adapters import MaskedLinear, Serial
-from ..models.surgery import adapt, _differences, n_trainable
-from ..models.heads import create_head
-from ..models.text_heads import TextHead, _context_places, _text_head_for
-from ..models.model import LiftModel
+from ..models.surgery import _differences, n_trainable
+from ..models.text_heads import TextHead, _context_places
+from ..models.model import LiftModel, assemble
 
 # %% ../../nbs/original/01_checkpoints.ipynb #c954cd99
 _PLACES = (('attn.qkv', 'attn.in_proj'), ('attn.proj', 'attn.out_proj'), ('mlp.fc1', 'mlp.in_proj'), ('mlp.fc2', 'mlp.out_proj'), # transformers
@@ -126,26 +125,27 @@ def _check_depth(state:dict, # the original's name → tensor
         raise LiftError(f"The checkpoint has tensors for blocks 0 to {len(seen)-1} only, the backbone's {top} has {depth} blocks; "
                         'if no more were trained, say partial=True')
 
-def _set_masked_entries_from(tower, state, top):
-    "Give `MaskedLinear`s the entries that the checkpoint trained"
-    names = {id(t): n for n, t in _tower_names(tower, top).items()}
-    for m in [m for m in tower.modules() if isinstance(m, MaskedLinear)]:
+def _set_masked_entries_from(model:LiftModel, # with its modules
+    state:dict, # the original's name → tensor
+):
+    "Give each `MaskedLinear` the entries that the checkpoint trained"
+    names = {id(t): n for n, t in _original_names(model).items()}
+    for m in [m for m in model.modules() if isinstance(m, MaskedLinear)]:
         for part in [p for p in ('weight', 'bias') if hasattr(m, f'{p}_at')]:
             mask = state.get(names[id(getattr(m, f'{part}_at'))])
             if mask is not None and mask.shape == getattr(m.main, part).shape: m.choose(part, mask.flatten().nonzero()[:, 0])
 
+
 # %% ../../nbs/original/01_checkpoints.ipynb #1f180cbd
-def _attach_original(tower:nn.Module, # image or text tower, frozen
-    state:dict, # the original's name → tensor
+def _modules_of(state:dict, # the original's name → tensor
     top:str, # 'image_encoder' or 'text_encoder'
-    n_classes:int, # C
+    tower:nn.Module, # that they were trained in
     partial:bool=False, # see `_check_depth`
-):
-    "Attach the modules that a checkpoint holds for this tower"
-    if not any(n.startswith(f'{top}.') for n in state): return
+): # what `adapt` takes, or 'none'
+    "Modules that a checkpoint holds for this tower; raises `LiftError` when its depth is another"
+    if not any(n.startswith(f'{top}.') for n in state): return 'none'
     _check_depth(state, top, len(blocks(tower)), partial)
-    if found := _adapters_in(state, top): adapt(tower, found, n_classes)
-    _set_masked_entries_from(tower, state, top)
+    return _adapters_in(state, top) or 'none'
 
 def _load_original_tensors(model:LiftModel, # with its modules
     state:dict, # the original's name → tensor
@@ -160,31 +160,32 @@ def _load_original_tensors(model:LiftModel, # with its modules
         for n in [n for n in state if not n.endswith('.mask')]: ours[n].requires_grad_().copy_(state[n])
 
 # %% ../../nbs/original/01_checkpoints.ipynb #5227ed50
-def _classifier(state, b, classnames, head, scale):
-    "The classifier that a checkpoint holds, still with fresh rows"
+def _classifier_options(state, b, class_names, head, scale)->dict: # of `assemble`
+    "The classifier that a checkpoint holds; raises `LiftError` when it is of another backbone or other classes"
     rows = state.get('classifier.weight')
     if rows is None: raise LiftError("The checkpoint has no 'classifier.weight'; for zero-shot and the methods on the text side give head=None")
     if rows.ndim != 2 or rows.shape[1] != b.n_features:
         raise LiftError(f"The checkpoint's classifier has shape {tuple(rows.shape)}, the backbone has {b.n_features} features: "
                         'it was trained on another backbone')
-    if classnames is not None and len(classnames) != len(rows):
-        raise LiftError(f"The checkpoint's classifier knows {len(rows)} classes, {len(classnames)} class names were given")
-    return create_head(head, b, [str(i) for i in range(len(rows))], 'none', scale=scale)
+    if class_names is not None and len(class_names) != len(rows):
+        raise LiftError(f"The checkpoint's classifier knows {len(rows)} classes, {len(class_names)} class names were given")
+    return dict(class_names=[str(i) for i in range(len(rows))], head=head, scale=scale)
 
 _TEXT_SIGNATURES = dict(coop=r'text_encoder\.ctx$', clip_adapter=r'(image|text)_adapter\.', proj_tuning=r'(image|text)_proj$')
 
-def _text_side(state, b, classnames, template, partial):
-    "The head without classifier that a checkpoint belongs to"
-    if classnames is None: raise LiftError('Without a classifier the class names are needed: give classnames')
+def _text_options(state, b, class_names, template, partial)->dict: # of `assemble`
+    "The head without classifier that a checkpoint belongs to; raises `LiftError` when the prompt is another"
+    if class_names is None: raise LiftError('Without a classifier the class names are needed: give classnames')
     if 'classifier.weight' in state: raise LiftError("The checkpoint has a classifier: give its kind as head, for instance head='cosine'")
-    ctx, tower = state.get('text_encoder.ctx'), text_tower(b)
+    ctx = state.get('text_encoder.ctx')
     if ctx is not None and len(ctx) != (n := len(_context_places(template)[0])):
         raise LiftError(f"The checkpoint has {len(ctx)} context words, the prompt {template!r} has {n} places for them; "
                         "give the prompt it was trained with, as 'X X X X {}.'")
     parts = [p for p, sign in _TEXT_SIGNATURES.items() if any(re.match(sign, n) for n in state)]
     width = next((len(t) for n, t in state.items() if re.fullmatch(r'(image|text)_adapter\.down\.weight', n)), 4)
-    _attach_original(tower, state, 'text_encoder', len(classnames), partial)
-    return _text_head_for(tower, b.image_proj, classnames, template, parts, adapter_dim=width)
+    modules = _modules_of(state, 'text_encoder', text_tower(b), partial)
+    return dict(class_names=class_names, head='+'.join(parts) or 'text', template=template, ctx=template, adapter_dim=width, text_modules=modules)
+
 
 # %% ../../nbs/original/01_checkpoints.ipynb #825a1c84
 def load_original(checkpoint, # path of `.pth.tar` or `.safetensors`, or dict of tensors
@@ -194,14 +195,18 @@ def load_original(checkpoint, # path of `.pth.tar` or `.safetensors`, or dict of
     head='cosine', # a name of `HEADS`; None: without classifier
     scale:float=25., # of the cosine head
     partial:bool=False, # may only the first blocks of the backbone have been trained?
+    device='cpu', # where to compute
+    precision:str='fp32', # in which to compute, a name of `PRECISIONS`
 )->LiftModel: # images (B, 3, R, R) → logits (B, C)
-    "A model with the tensors of the original program's checkpoint, which alone are trainable; in eval mode"
+    "Load a checkpoint of the original program into a model in eval mode; only its tensors are trainable"
     state, b = _read_original(checkpoint), create_backbone(backbone)
-    h = _text_side(state, b, classnames, template, partial) if head is None else _classifier(state, b, classnames, head, scale)
-    _attach_original(b.model, state, 'image_encoder', len(classnames) if head is None else len(h.weight), partial)
-    model = LiftModel(b.model, h.requires_grad_(False) if head is not None else h)
+    options = _text_options(state, b, classnames, template, partial) if head is None else _classifier_options(state, b, classnames, head, scale)
+    model = assemble(b, device=device, modules=_modules_of(state, 'image_encoder', b.model, partial), init='none', precision=precision, **options)
+    if head is not None: model.head.requires_grad_(False)
+    _set_masked_entries_from(model, state)
     _load_original_tensors(model, state)
     return model.eval()
+
 
 # %% ../../nbs/original/01_checkpoints.ipynb #ab147fcd
 def _original_state(model:LiftModel, # trained here or loaded

@@ -76,6 +76,12 @@ class AdjustLogits(Callback):
     def before_fit(self): self.adjustment.to(self.dls.device)
     def after_pred(self): self.learn.pred = self.adjustment.adjust(self.pred.float())
 
+# %% ../../nbs/training/01_callbacks.ipynb #49218ae9
+class _PlainTensors(Callback):
+    "Give the network plain tensors instead of fastai's image type"
+    order = MixedPrecision.order+1
+    def before_batch(self): self.learn.xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.xb)
+
 # %% ../../nbs/training/01_callbacks.ipynb #c8e0217c
 class AverageCrops(Callback):
     "Test-time ensembling: batches (B, K, 3, R, R) in one forward, mean of the K logits"
