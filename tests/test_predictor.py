@@ -10,6 +10,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.data import ImageBlock
 from PIL import Image
 from safetensors.torch import save_file
+from timm.layers import Attention
 from torch import nn
 
 from lift_nb.models.backbones import create_backbone, _read_weights, _tiny_clip_file
@@ -18,9 +19,10 @@ from lift_nb.cli import main
 from lift_nb.data.dataset import digits_lt
 from lift_nb.experiments.run import run
 from lift_nb.core.files import _read_tensors, _write_tensors
-from lift_nb.original.checkpoints import _set_masked_entries_from, _load_original_tensors, _original_state
+from lift_nb.original.checkpoints import load_original, save_original, _set_masked_entries_from, _load_original_tensors, _original_state
 from lift_nb.learner import lift_plus_learner
 from lift_nb.models.merge import merge
+from lift_nb.models.model import assemble, set_precision
 from lift_nb.predictor import Predictor, load_lift, save_lift
 from lift_nb.models.surgery import n_trainable
 
@@ -157,7 +159,7 @@ def test_other_entries_of_aft(tmp_path):
     "The entries that a checkpoint of the original trained need not be those of the seed"
     a, b = trained(modules={'aft': dict(r=.01, seed=1)}), trained(modules={'aft': dict(r=.01, seed=2)})
     state = _original_state(a.model)
-    _set_masked_entries_from(b.model.backbone, state, 'image_encoder')
+    _set_masked_entries_from(b.model, state)
     _load_original_tensors(b.model, state)
     save_lift(tmp_path/'x.safetensors', b)
     equal(a, load_lift(tmp_path/'x.safetensors'))
@@ -268,3 +270,29 @@ def test_prompts_cannot_be_exchanged(tmp_path):
     for name in [n for n in tensors if tensors[n].dtype == torch.int64]:
         _write_tensors(file, {**tensors, name: tensors[name] + 10**9}, **about)
         with pytest.raises(LiftError): load_lift(file)
+
+# --- the same network, wherever it comes from -------------------------------------------------------------------------
+def mechanisms(model):
+    "Classes of all modules, and the switches that decide how they compute"
+    switches = 'fused_attn', 'grad_checkpointing', 'precision', 'frozen_precision'
+    return [(n, type(m), *(getattr(m, s, None) for s in switches)) for n, m in model.named_modules()], \
+        {n: p.dtype for n, p in model.named_parameters()}
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('options', [dict(), dict(head='coop', modules='none')], ids=['classifier', 'text'])
+def test_one_network_for_all_doors(tmp_path, precision, options):
+    "The learner's model, the saved one and the original's checkpoint are built of the same modules with the same switches"
+    learn = lift_plus_learner(digits_lt(n_test=2), 'tiny_clip', expand=0, precision=precision, device='cpu', **options)
+    save_lift(tmp_path/'m.safetensors', learn); save_original(learn.model, tmp_path/'o.safetensors')
+    text = dict(head=None, classnames=list(learn.data.classes), template='X X X X {}.') if options else {}
+    found = [load_lift(tmp_path/'m.safetensors', device='cpu').model, load_original(tmp_path/'o.safetensors', 'tiny_clip', precision=precision, **text)]
+    for model in found: assert mechanisms(model) == mechanisms(learn.model)
+
+def test_change_of_precision():
+    "A precision that is chosen later decides the attention too (197 tokens: fused under fp32, plain under bf16)"
+    vit = create_backbone('vit_tiny_patch16_224', pretrained=False)
+    model = assemble(vit, ['a', 'b'], modules='none', init='none')
+    def fused(): return {m.fused_attn for m in model.modules() if isinstance(m, Attention)}
+    assert fused() == {True}
+    set_precision(model, 'bf16'); assert fused() == {False}
+    set_precision(model, 'fp32'); assert fused() == {True}
