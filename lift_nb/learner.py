@@ -114,8 +114,8 @@ def _head_init_inputs(b:Backbone, # frozen, nothing attached
 )->tuple: # backbone and batches for the initialisation of a head
     "The same, or what takes their place when features are kept: no network, and its features"
     if cache is None: return b, batches
-    images = [cache.data.train_images[i] for i in batches.dataset.idxs]
-    return replace(b, model=_CachedFeatures(b.n_features)), cache.batches(b.model, batches, images, precision=precision)
+    images, labels = [cache.data.train_images[i] for i in batches.dataset.idxs], cache.data.train_labels[batches.dataset.idxs]
+    return replace(b, model=_CachedFeatures(b.n_features)), cache.batches(b.model, batches, images, labels, precision=precision)
 
 def _take_options(kwargs:dict, # options by name; those that are taken are removed
     f, # function
@@ -304,10 +304,10 @@ def _cached_feature_dls(learn:Learner)->DataLoaders:
     "DataLoaders of (B, d) features and labels, in the order that the images would have"
     cache, data, train, out = FeatureCache(learn.features, learn.data), learn.data, learn.dls.train, []
     plain = train.new(shuffle=False, drop_last=False)
-    for dl, images in ((plain, data.train_images), (learn.dls.valid, data.test_images)):
-        with autocast(dl.device, learn.model.precision): f, y = cache.get(learn.model.backbone, dl, images, precision=learn.model.precision)
+    for dl, images, labels in ((plain, data.train_images, data.train_labels), (learn.dls.valid, data.test_images, data.test_labels)):
+        with autocast(dl.device, learn.model.precision): f, y = cache.get(learn.model.backbone, dl, images, labels, precision=learn.model.precision)
         out.append(SeededDL(_Rows(f, y), bs=dl.bs, shuffle=dl is plain, drop_last=False, num_workers=0, device=dl.device))
-    out[0].rng.setstate(train.rng.getstate())
+    out[0].continue_from(train)
     return DataLoaders(*out, device=train.device)
 
 def _uses_cached_features(learn:Learner)->bool:
@@ -343,7 +343,7 @@ def fit_lift(self:Learner,
     epochs, cbs = self.method.epochs if epochs is None else epochs, [EpochCosine(), *L(cbs)]
     folder = self.path/self.model_dir/'resume' if resume is True else resume
     with _train_on_cached_features(self):
-        if resume: _fit_resumably(self, epochs, lr, cbs, folder, minutes, steps, about=vars(self.method))
+        if resume: _fit_resumably(self, epochs, lr, cbs, folder, minutes, steps, about={**vars(self.method), **self.made_of['parts']})
         else: self.fit(epochs, lr, cbs=cbs)
 
 # %% ../nbs/00_learner.ipynb #80d31757

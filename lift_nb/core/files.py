@@ -9,6 +9,7 @@ __all__ = []
 import hashlib, json, os
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,11 +29,14 @@ def _fsync(path:Path): # file or folder
 @contextmanager
 def _atomic_write(path:Path, # file to write
 ): # yields the path to write to
-    "Write beside, rename when complete; when something fails, the old file stays and the new one goes"
+    "Write beside, under a name of this writer's own, and rename when complete; when something fails, the old file stays"
     path = Path(path)
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(f'{path.name}.{uuid4().hex[:8]}.part')
     try:
+        part.touch()
+        mode = part.stat().st_mode & 0o777 # as the umask says; some libraries write for the owner alone
         yield part
+        part.chmod(mode)
         _fsync(part)
         os.replace(part, path)
         _fsync(path.parent)

@@ -18,6 +18,7 @@ import fastai.vision.augment  # teaches fastai's transforms about images
 from fasttransform import Transform
 
 from ..core.errors import LiftError
+from ..core.fingerprint import _digest, _Images
 from .images import open_image
 from .dataset import LongTailData, digits_lt
 
@@ -38,6 +39,13 @@ def _datasets(data:LongTailData, # what to load
     names = _Pick(*([vocab[y] for y in ys] for ys in (data.train_labels, data.test_labels)))
     tfms = [[_Pick(data.train_images, data.test_images), open_image], [names, Categorize(vocab=vocab, sort=False)]]
     return Datasets(range(n+m), tfms, splits=[list(range(n)), list(range(n, n+m))])
+
+# %% ../../nbs/data/09_loaders.ipynb #84ff3cbe
+def _data_parts(data:LongTailData)->dict: # for `_fingerprint`
+    "Images, labels and class names"
+    labels = {f'{k} labels': np.asarray(y, dtype=np.int64) for k, y in (('training', data.train_labels), ('test', data.test_labels))}
+    images = {f'{k} images': _Images(x) for k, x in (('training', data.train_images), ('test', data.test_images))}
+    return {**images, **labels, 'class names': data.classes}
 
 # %% ../../nbs/data/09_loaders.ipynb #8a74c552
 def _seed_from(*key): # numbers and words
@@ -71,6 +79,10 @@ class SeededDL(TfmdDL):
     def __init__(self, *args, **kwargs):
         self.pass_seed, self.start, self.passing = torch.zeros(1, dtype=torch.int64).share_memory_(), 0, False
         super().__init__(*args, **kwargs)
+        self.seed = _digest(self.rng.getstate())
+    def continue_from(self, other): # a `SeededDL` of the same length: make the passes that it would make next
+        self.rng.setstate(other.rng.getstate())
+        self.seed = other.seed
     def begin(self):
         super().randomize()
         self.pass_seed.fill_(self.rng.getrandbits(62))
@@ -117,4 +129,4 @@ def dataloaders(data:LongTailData, # what to load
     "fastai `DataLoaders` of normalised (B, 3, R, R) images and (B,) labels"
     workers = _default_workers(data) if num_workers is None else num_workers
     return _datasets(data).dataloaders(bs=bs, dl_type=SeededDL, after_item=[*item_tfms, ToTensor()], drop_last=False, num_workers=workers,
-        after_batch=[IntToFloatTensor(), Normalize.from_stats(mean, std)], persistent_workers=workers > 0, **kwargs)
+        after_batch=[IntToFloatTensor(), Normalize.from_stats(mean, std)], **kwargs)

@@ -6,42 +6,17 @@
 __all__ = ['FeatureCache']
 
 # %% ../../nbs/models/08_features.ipynb #4727c65f
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import nn
 
 from ..core.errors import LiftError
-from ..data.dataset import LongTailData
 from ..core.files import _read_tensors, _write_tensors
+from ..core.fingerprint import _combined, _differing_parts, _fingerprint, _Images, _model_parts
+from ..data.dataset import LongTailData
 from .heads import _labelled_features
-
-# %% ../../nbs/models/08_features.ipynb #edcc263d
-def _add_tensors(h, # of hashlib
-    tensors:dict, # name → tensor
-):
-    "Let a checksum depend on the names, types and contents of tensors"
-    for name, t in sorted(tensors.items()):
-        h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
-        if t.numel(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-def _add_image(h, # of hashlib
-    x, # path, array or PIL image
-):
-    "Let a checksum depend on an image, or on what the system says of its file"
-    if isinstance(x, (str, Path)):
-        about = Path(x).stat()
-        return h.update(repr((str(Path(x).absolute()), about.st_size, about.st_mtime_ns)).encode())
-    x = np.ascontiguousarray(x)
-    h.update(repr((x.shape, str(x.dtype))).encode() + x.tobytes())
-
-def _transform_settings(dl)->list: # of texts
-    "The transforms of a DataLoader with their settings"
-    def plain(v): return v.flatten().tolist() if isinstance(v, Tensor) else v
-    def of(t): return {k: plain(v) for k, v in vars(t).items() if isinstance(plain(v), (int, float, str, list))}
-    return [f'{type(t).__name__} {of(t)}' for pipe in (dl.after_item, dl.after_batch) for t in getattr(pipe, 'fs', [])]
 
 # %% ../../nbs/models/08_features.ipynb #ec031ddc
 class _CachedFeatures(nn.Identity):
@@ -51,37 +26,39 @@ class _CachedFeatures(nn.Identity):
         self.num_classes = d # timm's name for the size of what comes out
 
 class FeatureCache:
-    "Features (N, d) in float32 and labels (N,), each kind computed once"
+    "Features (N, d) of a frozen network in float32, computed once for everything that decides them"
     def __init__(self, folder, # of the files
         data:LongTailData, # whose images are shown
         say=print, # where to tell that a file could not be used or written
     ): self.folder, self.data, self.say = Path(folder), data, say
-    def path(self, model, dl, images, **about)->Path:
-        h = hashlib.blake2b(repr((type(model).__name__, _transform_settings(dl), sorted(about.items()))).encode(), digest_size=16)
-        _add_tensors(h, model.state_dict())
-        for x in images: _add_image(h, x)
-        return self.folder/f'features-{h.hexdigest()}.safetensors'
+    def fingerprint(self, model, dl, images, **settings)->dict:
+        transforms = [list(getattr(pipe, 'fs', [])) for pipe in (dl.after_item, dl.after_batch)]
+        return _fingerprint(**_model_parts(model), images=_Images(images), transforms=transforms, settings=settings)
+    def path(self, fingerprint:dict)->Path: return self.folder/f'features-{_combined(fingerprint)}.safetensors'
     def get(self, model:nn.Module, # frozen: (B, 3, R, R) → (B, d)
         dl, # DataLoader of these images, in their order
         images, # N paths, arrays or PIL images
-        **about, # what else decides the features, as `precision`
+        labels, # (N,) of these images
+        **settings, # what else decides the features, as `precision`
     )->tuple: # features (N, d), labels (N,)
-        "The features, from the disk if they are there"
-        path = self.path(model, dl, images, **about)
-        if path.is_file():
-            try: return self.read(path)
+        "The features, from the disk if they are there, with the labels"
+        fingerprint, labels = self.fingerprint(model, dl, images, **settings), torch.from_numpy(np.array(labels, np.int64, order='C'))
+        if (path := self.path(fingerprint)).is_file():
+            try: return self.read(path, fingerprint), labels
             except LiftError as e: self.say(f'{e}; the features are computed again')
-        return self.compute(path, model, dl)
-    def read(self, path):
-        found, _ = _read_tensors(path)
-        return found['features'], found['labels']
-    def compute(self, path, model, dl):
-        f, y = (torch.cat(parts) for parts in zip(*_labelled_features(model, dl)))
+        f, seen = map(torch.cat, zip(*_labelled_features(model.eval(), dl)))
+        if not seen.equal(labels): raise LiftError('The loader does not bring these images in this order, so their features cannot be cached')
+        self.write(path, f, fingerprint)
+        return f, labels
+    def read(self, path, fingerprint):
+        found, about = _read_tensors(path)
+        if odd := _differing_parts(fingerprint, about.get('fingerprint')): raise LiftError(f"'{path}' belongs to other features ({', '.join(odd)})")
+        return found['features']
+    def write(self, path, f, fingerprint):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_tensors(path, dict(features=f, labels=y))
+            _write_tensors(path, dict(features=f), fingerprint=fingerprint)
         except OSError as e: self.say(f"Could not keep features in '{self.folder}': {e.strerror or e}")
-        return f, y
     def batches(self, *args, **kwargs): # as in `get`; yields features and labels when somebody asks
         "All of them as one batch, not computed before it is asked for"
         yield self.get(*args, **kwargs)
