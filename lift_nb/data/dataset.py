@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ..core.errors import LiftError
+from .images import _check_shape, _scaled
 
 # %% ../../nbs/data/01_dataset.ipynb #e55bb0bc
 def class_counts(labels, # (N,) integer labels
@@ -54,6 +55,15 @@ def long_tail_subset(labels, # (N,) labels of a set that is large enough
     return np.concatenate(picks)
 
 # %% ../../nbs/data/01_dataset.ipynb #1ee84fae
+def _as_labels(labels, # (N,) integers, or (N, C) zeros and ones with a single one in each row
+)->np.ndarray: # (N,)
+    "Labels as a vector; raises `LiftError` for several labels an image"
+    labels = np.asarray(labels)
+    if labels.ndim != 2: return labels
+    if not (np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()):
+        raise LiftError(f'Labels of shape {labels.shape} must hold a single 1 in each row: an image has one class')
+    return labels.argmax(1)
+
 def _check_labels(labels, # (N,) labels
     n_classes:int, # C
     where:str, # 'training' or 'test'
@@ -72,28 +82,34 @@ def _check_labels(labels, # (N,) labels
 class LongTailData:
     "Training and test images with labels, and the names of the classes in label order"
     name: str # appears in reports and folder names
-    classes: tuple # C class names, as they go into the prompts
+    class_names: tuple # C class names, as they go into the prompts
     train_images: object # (N, H, W[, 3]) uint8 array or list of N paths
     train_labels: np.ndarray # (N,) integers in 0 … C-1
     test_images: object # the same for the test set
     test_labels: np.ndarray # (M,)
-    notes: tuple = () # sentences about what was found or left out when the images were read
+    notes: tuple = () # sentences about what was found, decided or left out when the images were read
+    max_value: float|None = None # value of white in images of more than 8 bits; None: that of 16 bits
     def __post_init__(self):
-        object.__setattr__(self, 'classes', tuple(map(str, self.classes)))
+        object.__setattr__(self, 'class_names', tuple(map(str, self.class_names)))
         _check_labels(self.train_labels, self.n_classes, 'training', self.train_images)
         _check_labels(self.test_labels, self.n_classes, 'test', self.test_images)
-        empty = [self.classes[i] for i in np.where(self.counts == 0)[0]]
+        empty = [self.class_names[i] for i in np.where(self.counts == 0)[0]]
         if empty: raise LiftError(f'{len(empty)} classes have no training image: {empty[:5]}')
     @property
-    def n_classes(self): return len(self.classes)
+    def classes(self): return self.class_names # the name of earlier versions
+    @property
+    def n_classes(self): return len(self.class_names)
     @property
     def counts(self): return class_counts(self.train_labels, self.n_classes)
     @property
-    def vocab(self): return _unique_names(self.classes)
-    def __repr__(self):
-        groups = ', '.join(f'{m.sum()} {g}' for g, m in shot_groups(self.counts).items())
+    def vocab(self): return _unique_names(self.class_names)
+    def summary(self, many:int=100, few:int=20)->str:
+        "What there is, with many-, medium- and few-shot classes by these thresholds, and the notes"
+        groups = ', '.join(f'{m.sum()} {g}' for g, m in shot_groups(self.counts, many, few).items())
         return '\n'.join([f'{self.name}: {self.n_classes} classes ({groups}), {len(self.train_labels):,} training images '
-            f'({self.counts.max()} … {self.counts.min()} a class), {len(self.test_labels):,} test images', *(f'- {n}' for n in self.notes)])
+            f'({self.counts.max()} … {self.counts.min()} a class), {len(self.test_labels):,} test images',
+            *(f'- {n}' for n in self.notes)])
+    def __repr__(self): return self.summary()
 
 # %% ../../nbs/data/01_dataset.ipynb #66527769
 def _unique_names(names, # C names, some of which may occur twice
@@ -106,15 +122,44 @@ def _unique_names(names, # C names, some of which may occur twice
     return out
 
 # %% ../../nbs/data/01_dataset.ipynb #1baf2c83
-def from_arrays(train_images, # (N, H, W[, 3]) uint8 or uint16, or a list of paths or PIL images
-    train_labels, # (N,) integers
-    test_images, # (M, H, W[, 3]) uint8 or uint16, or a list of paths or PIL images
-    test_labels, # (M,) integers
-    classes, # C class names
+def _check_range(images, # array
+    max_value, # value of white, or None
+):
+    "Raise `LiftError` when the numbers may be meant otherwise than their type says"
+    if max_value is not None or not images.size: return
+    peak, wide = images.max(), images.dtype != np.uint8 and images.dtype != np.bool_
+    if images.dtype == np.uint16 and peak >= 2**14 or not wide and (peak >= 16 or peak == 0 or images.dtype == np.bool_): return
+    raise LiftError(f'The largest of the {images.dtype} pixels is {peak:g}: name the value that is white with max_value'
+        + (', for example 255' if wide and 1 < peak <= 255 else ', for example 4095' if 255 < peak <= 4095 else ''))
+
+def _checked_images(images, # array, tensor or sequence
+    max_value:float|None, # value of white
+):
+    "Images in memory, numbers wider than 8 bits scaled to 8; raises `LiftError` for shapes and ranges that are ambiguous"
+    if not hasattr(images, 'dtype'): return images
+    images = np.asarray(images)
+    if images.dtype.kind not in 'biuf': return images # paths
+    _check_shape(images.shape[1:])
+    _check_range(images, max_value)
+    if max_value is None: return images
+    out = np.empty(images.shape, np.uint8)
+    for i, x in enumerate(images): out[i] = _scaled(x, max_value)
+    return out
+
+def from_arrays(train_images, # (N, H, W[, 1, 3 or 4]) array or tensor, or a list of paths or PIL images
+    train_labels, # (N,) integers, or (N, C) one-hot
+    test_images, # (M, H, W[, 1, 3 or 4]), or a list
+    test_labels, # (M,) or (M, C)
+    class_names=None, # C class names
     name:str='arrays', # for reports and folders
+    max_value:float|None=None, # value of white in numbers wider than 8 bits; None: 65535 for uint16
+    classes=None, # the name of `class_names` in earlier versions
 )->LongTailData:
     "A data set from images in memory"
-    return LongTailData(name, classes, train_images, np.asarray(train_labels), test_images, np.asarray(test_labels))
+    names = classes if class_names is None else class_names
+    if names is None: raise LiftError('class_names are needed: a name for each label')
+    train, test = (_checked_images(x, max_value) for x in (train_images, test_images))
+    return LongTailData(name, names, train, _as_labels(train_labels), test, _as_labels(test_labels), max_value=max_value)
 
 # %% ../../nbs/data/01_dataset.ipynb #5c4eb266
 _digit_names = 'zero one two three four five six seven eight nine'.split()
@@ -145,10 +190,12 @@ _group_colors = dict(many='tab:blue', medium='tab:green', few='tab:red')
 
 def plot_counts(data:LongTailData, # what to draw
     ax=None, # matplotlib axes; new ones when not given
+    many:int=100, # more than this many training images: a many-shot class
+    few:int=20, # less than this many: a few-shot class
 ):
     "Bar chart of the training images of each class, coloured by group"
     ax, order = ax or plt.subplots(figsize=(6, 2.5))[1], np.argsort(-data.counts, kind='stable')
-    for g, m in shot_groups(data.counts).items():
+    for g, m in shot_groups(data.counts, many, few).items():
         at = np.where(m[order])[0]
         ax.bar(at, data.counts[order][at], color=_group_colors[g], label=g)
     ax.set(xlabel='class, by number of training images', ylabel='training images', title=data.name)

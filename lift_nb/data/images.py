@@ -6,10 +6,11 @@
 __all__ = ['open_image']
 
 # %% ../../nbs/data/00_images.ipynb #e827b394
-import os, sys
+import os, re, sys
 from contextlib import nullcontext
 from functools import lru_cache
 from hashlib import blake2b
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,69 +28,121 @@ _TURNS = dict(zip(range(2, 9), [Image.Transpose[t] for t in
 
 def _apply_orientation(im:Image.Image, # decoded
 )->Image.Image:
-    "Turned as EXIF's orientation says; a broken EXIF block says nothing"
+    "Turn an image as EXIF's orientation says; a broken EXIF block says nothing"
     try: turn = im.getexif().get(0x0112)
     except Exception: return im
     return im.transpose(_TURNS[turn]) if turn in _TURNS else im
 
-def _to_eight_bits(im:Image.Image, # decoded
-)->Image.Image:
-    "The upper byte of a 16-bit image; raises `LiftError` for numbers that are neither 8 nor 16 bits wide"
-    if im.mode[0] not in 'IF': return im
-    x = np.asarray(im)
-    if im.mode == 'F' or x.min() < 0 or x.max() > 65535:
-        raise LiftError(f'its pixels are {x.dtype} from {x.min():g} to {x.max():g}; save it with 8 or 16 bits')
-    return Image.fromarray((x >> 8).astype(np.uint8))
-
 def _flatten_alpha(im:Image.Image, # of any mode
 )->Image.Image: # RGB
-    "What is transparent becomes white"
+    "Lay what is transparent on white"
     if not im.has_transparency_data: return im.convert('RGB')
-    im = im.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+    im, out = im.convert('RGBA'), Image.new('RGB', im.size, 'white')
+    out.paste(im, mask=im.getchannel('A'))
+    return out
+
+# %% ../../nbs/data/00_images.ipynb #09aab033
+def _scaled(x:np.ndarray, # (H, W[, C]) numbers wider than 8 bits
+    max_value:float|None=None, # value of white; None: 65535
+)->np.ndarray: # uint8
+    "Scale numbers to 8 bits; raises `LiftError` when they leave `0 … max_value`, or are floats without one"
+    lo, hi, top = x.min(initial=0), x.max(initial=0), 65535 if max_value is None else max_value
+    if max_value is None and x.dtype.kind == 'f' or not (lo >= 0 and hi <= top):
+        raise LiftError(f'its pixels are {x.dtype} from {lo:g} to {hi:g}; ' + ('save it with 8 or 16 bits, or '
+            'name the value of white with max_value' if max_value is None else f'max_value is {max_value:g}'))
+    if max_value is None: return (x >> 8).astype(np.uint8)
+    return (x*np.float32(255/max_value) + .5).astype(np.uint8)
+
+def _to_eight_bits(im:Image.Image, # decoded
+    max_value:float|None=None, # value of white in images of more than 8 bits
+)->Image.Image:
+    "Scale an image of more than 8 bits; leave others as they are"
+    return Image.fromarray(_scaled(np.asarray(im), max_value)) if im.mode[0] in 'IF' else im
 
 # %% ../../nbs/data/00_images.ipynb #61e67a4c
-def _array_image(x, # (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, uint16 or bool
+def _check_shape(shape, # of one image
+):
+    "Raise `LiftError` unless the shape is that of an image with its channels at the end"
+    if len(shape) == 2 or len(shape) == 3 and shape[-1] in (1, 3, 4): return
+    first = len(shape) == 3 and shape[0] in (1, 3, 4)
+    raise LiftError(f'an image has the shape (H, W) or (H, W, 1, 3 or 4), not {tuple(map(int, shape))}' +
+        ('; move its channels to the end' if first else '; reshape rows of pixels' if len(shape) == 1 else ''))
+
+def _array_image(x, # (H, W) or (H, W, 1, 3 or 4): uint8, uint16 or bool; other numbers with `max_value`
+    max_value:float|None=None, # value of white in arrays wider than 8 bits
 )->Image.Image:
-    "An array as a Pillow image; raises `LiftError` for other types, whose range nobody can know"
+    "An array or tensor as a Pillow image; raises `LiftError` for other shapes, and for ranges that nobody can know"
     x = np.asarray(x)
-    if x.dtype.kind == 'u' and x.itemsize == 2: x = (x >> 8).astype(np.uint8)
-    if x.dtype not in (np.uint8, np.bool_): raise LiftError(f'pixels must be uint8, uint16 or bool, not {x.dtype}')
+    _check_shape(x.shape)
+    wide = x.dtype.kind in 'iuf' and x.dtype != np.uint8
+    if wide and (max_value is not None or x.dtype.kind == 'u' and x.itemsize == 2): x = _scaled(x, max_value)
+    if x.dtype not in (np.uint8, np.bool_):
+        raise LiftError(f'pixels must be uint8, uint16 or bool, not {x.dtype}, or max_value must name the value of white')
     return Image.fromarray(x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else x)
 
-def _opened(x, # path, array or PIL image
+# %% ../../nbs/data/00_images.ipynb #4d5e51f1
+_FORMATS = 'PNG JPEG MPO GIF BMP DIB TIFF WEBP AVIF JPEG2000 PPM TGA ICO QOI HEIF'.split()
+
+def _too_large(megapixels:str)->LiftError:
+    "Say how an image above Pillow's limit can be used"
+    return LiftError(f'it has {megapixels} megapixels, more than the {Image.MAX_IMAGE_PIXELS/1e6:.0f} that are read by default; '
+        'save it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS')
+
+def _open_file(x, # path, or open file
+)->Image.Image: # not decoded yet
+    "Open an image of a known format and an allowed size"
+    if isinstance(x, (str, Path)) and not os.path.isfile(x) and os.path.exists(x):
+        raise LiftError('it is a folder' if os.path.isdir(x) else 'it is no regular file')
+    Image.init()
+    im = Image.open(x, formats=[f for f in _FORMATS if f in Image.OPEN])
+    if Image.MAX_IMAGE_PIXELS and im.width*im.height > Image.MAX_IMAGE_PIXELS: raise _too_large(f'{im.width*im.height/1e6:.0f}')
+    return im
+
+def _opened(x, # path, bytes, open file, array, tensor or PIL image
+    max_value:float|None=None, # value of white in arrays wider than 8 bits
 ): # context with a PIL image
-    "A path, array or PIL image as a PIL image that is not decoded yet; a file is closed afterwards"
-    if isinstance(x, (str, Path)): return Image.open(x)
-    return nullcontext(x if isinstance(x, Image.Image) else _array_image(x))
+    "Anything that is an image as a PIL image that is not decoded yet; a file is closed afterwards"
+    if isinstance(x, (bytes, bytearray)): x = BytesIO(x)
+    if isinstance(x, (str, Path)) or hasattr(x, 'read'): return _open_file(x)
+    return nullcontext(x if isinstance(x, Image.Image) else _array_image(x, max_value))
 
 def _decoded(im:Image.Image, # opened
+    max_value:float|None=None, # value of white in images of more than 8 bits
 )->PILImage: # RGB, upright
     "All pixels of an opened image, in the one form that training sees"
     im.load()
-    return PILImage(_flatten_alpha(_to_eight_bits(_apply_orientation(im))))
+    return PILImage(_flatten_alpha(_to_eight_bits(_apply_orientation(im), max_value)))
 
 # %% ../../nbs/data/00_images.ipynb #e698fb0b
+_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
+def _printable(text)->str:
+    "Control characters, and bytes that are no text, as escapes: a name in a sentence must not steer the terminal"
+    return _UNPRINTABLE.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
+
 def _image_label(x)->str:
     "What to call an image in a sentence"
-    return str(x) if isinstance(x, (str, Path)) else f'{type(x).__name__} of shape {np.shape(x)}'
+    return _printable(x) if isinstance(x, (str, Path)) else f'{type(x).__name__} of shape {np.shape(x)}'
 
-_NEEDS_HEIF = 'HEIC is not among the formats of Pillow: save it as JPEG, or install pillow-heif and call pillow_heif.register_heif_opener() first'
+_NEEDS_HEIF = ('HEIC is not among the formats of Pillow: save it as JPEG, or install pillow-heif '
+    'and call pillow_heif.register_heif_opener() first')
 
 def _error_reason(e:Exception, # what opening `x` raised
     x, # path, array or PIL image
 )->str: # without the file's name
     "Why an image cannot be read, in a few words"
+    if isinstance(e, Image.DecompressionBombError): return str(_too_large(str(e).split('(')[1].split()[0][:-6]))
     if isinstance(x, (str, Path)) and os.path.isfile(x) and not os.path.getsize(x): return 'the file is empty'
     if isinstance(e, UnidentifiedImageError) and str(x).lower().endswith(('.heic', '.heif')): return _NEEDS_HEIF
     if isinstance(e, UnidentifiedImageError): return 'not an image of a known format'
-    return getattr(e, 'strerror', None) or str(e) or type(e).__name__
+    return _printable(getattr(e, 'strerror', None) or str(e) or type(e).__name__)
 
-def open_image(x, # path, array (H, W[, 1, 3 or 4]) or PIL image
+def open_image(x, # path, bytes, open file, array or tensor (H, W[, 1, 3 or 4]), or PIL image
+    max_value:float|None=None, # value of white in images of more than 8 bits; None: that of 16 bits
 )->PILImage: # RGB
     "Open one image; raises `LiftError` with the file's name when it cannot be read"
     try:
-        with _opened(x) as im: return _decoded(im)
+        with _opened(x, max_value) as im: return _decoded(im, max_value)
     except Exception as e: raise LiftError(f"Cannot read the image '{_image_label(x)}': {_error_reason(e, x)}") from None
 
 # %% ../../nbs/data/00_images.ipynb #465f51a0
@@ -100,41 +153,57 @@ class _ImageFacts(NamedTuple):
     mode:str|None=None # Pillow's: L, RGB, RGBA, P, CMYK, 1, I;16 …
     digest:bytes|None=None # hash of the decoded pixels; None when it was not decoded
     error:str|None=None # why it cannot be read
+    peak:float|None=None # largest value of a decoded image of more than 8 bits
 
 def _fingerprint(im:Image.Image)->bytes: # 16 bytes
     "Equal for images with equal pixels"
     return blake2b(im.tobytes(), digest_size=16, key=repr(im.size).encode()).digest()
 
+def _peak(im:Image.Image)->float|None: # decoded
+    "The largest value of an image of more than 8 bits"
+    return float(im.getextrema()[1]) if im.mode[0] in 'IF' else None
+
+def _array_peak(x)->float|None: # path, array or PIL image
+    "The largest value of an array wider than 8 bits"
+    x = np.asarray(x) if hasattr(x, '__array__') and not isinstance(x, Image.Image) else np.zeros(0, np.uint8)
+    return float(x.max()) if x.size and x.dtype.kind in 'iuf' and x.dtype != np.uint8 else None
+
 def _image_facts(x, # path, array or PIL image
     decode:bool=True, # all of it, or the header only?
+    max_value:float|None=None, # value of white in images of more than 8 bits
 )->_ImageFacts:
     "Size, mode, fingerprint, or the reason why it cannot be read"
-    found = _ImageFacts()
+    found = _ImageFacts(peak=_array_peak(x))
     try:
-        with _opened(x) as im:
-            found = _ImageFacts(*im.size, im.mode)
-            return found._replace(digest=_fingerprint(_decoded(im))) if decode else found
+        with _opened(x, max_value) as im:
+            found = _ImageFacts(*im.size, im.mode, peak=found.peak)
+            if not decode: return found
+            rgb = _decoded(im, max_value)
+            return found._replace(digest=_fingerprint(rgb), peak=_peak(im) if found.peak is None else found.peak)
     except Exception as e: return found._replace(error=_error_reason(e, x))
 
 # %% ../../nbs/data/00_images.ipynb #ea3f41d8
 @lru_cache(2**18)
-def _remembered(path, size, mtime, decode): return _image_facts(path, decode)
+def _remembered(path, size, mtime, decode, max_value): return _image_facts(path, decode, max_value)
 
 def _image_facts_once(x, # path, array or PIL image
     decode:bool=True, # all of it, or the header only?
+    max_value:float|None=None, # value of white in images of more than 8 bits
 )->_ImageFacts:
     "`_image_facts`, remembered for files that did not change"
-    if not isinstance(x, (str, Path)): return _image_facts(x, decode)
+    if not isinstance(x, (str, Path)): return _image_facts(x, decode, max_value)
     try: s = os.stat(x)
     except OSError as e: return _ImageFacts(error=_error_reason(e, x))
-    return _remembered(str(x), s.st_size, s.st_mtime_ns, decode)
+    return _remembered(str(x), s.st_size, s.st_mtime_ns, decode, max_value)
 
 def _all_image_facts(images, # paths, arrays or PIL images
     decode:bool=True, # all of each, or the headers only?
     n_workers:int|None=None, # threads; None: one for each core, at most 16
+    max_value:float|None=None, # value of white in images of more than 8 bits
 )->list: # of `_ImageFacts`
     "Look at many images in parallel"
-    def some(xs): return [_image_facts_once(x, decode) for x in xs]
+    def some(xs): return [_image_facts_once(x, decode, max_value) for x in xs]
     chunks, n = list(chunked(list(images), 64)), min(16, os.cpu_count() or 1) if n_workers is None else n_workers
-    progress = len(chunks) > 30 and (sys.stdout.isatty() or 'ipykernel' in sys.modules and 'IN_TEST' not in os.environ)
-    return [l for found in parallel(some, chunks, n_workers=n, threadpool=True, progress=progress) for l in found]
+    shown = sys.stdout.isatty() or 'ipykernel' in sys.modules and 'IN_TEST' not in os.environ
+    found = parallel(some, chunks, n_workers=n, threadpool=True, progress=len(chunks) > 30 and shown)
+    return [l for ls in found for l in ls]

@@ -35,14 +35,14 @@ def _image_names(images, # paths, arrays or PIL images
 
 def _image_table(data:LongTailData, # of any kind
     decode:bool=True, # all of each image, or the headers only?
-)->pd.DataFrame: # image, part, class, width, height, mode, digest, error
+)->pd.DataFrame: # image, part, class, width, height, mode, digest, error, peak
     "What is known of each image"
     parts = dict(training=(data.train_images, data.train_labels), test=(data.test_images, data.test_labels))
     paths = [str(x) for xs, _ in parts.values() for x in xs if isinstance(x, (str, Path))]
     root = os.path.commonpath(paths) if paths and len({Path(p).is_absolute() for p in paths}) == 1 else ''
     names = np.array(data.vocab, dtype=object)
     tables = [pd.DataFrame({'image': _image_names(xs, part, root), 'part': part, 'class': names[ys]}).join(
-        pd.DataFrame(_all_image_facts(xs, decode), dtype=object)) for part, (xs, ys) in parts.items()]
+        pd.DataFrame(_all_image_facts(xs, decode, max_value=data.max_value), dtype=object)) for part, (xs, ys) in parts.items()]
     return pd.concat(tables, ignore_index=True).astype(dict(width='Float64', height='Float64'))
 
 # %% ../../nbs/data/07_inspection.ipynb #3d0e26d7
@@ -52,9 +52,11 @@ class DataReport:
     data: LongTailData # what was inspected
     images: pd.DataFrame # a row for each image, see `_image_table`
     tiny: int = 32 # pixels of a side below which an image is reported
+    many: int = 100 # more than this many training images: a many-shot class
+    few: int = 20 # less than this many: a few-shot class
     @property
     def classes(self):
-        masks = shot_groups(self.data.counts)
+        masks = shot_groups(self.data.counts, self.many, self.few)
         group = np.select(list(masks.values()), list(masks), '')
         test = np.bincount(self.data.test_labels, minlength=self.data.n_classes)
         table = pd.DataFrame(dict(training=self.data.counts, test=test, group=group), index=list(self.data.vocab))
@@ -82,6 +84,12 @@ def _small_images(r:DataReport)->list:
     "Images with a side below `tiny` pixels"
     bad = r.images[r.images[['width', 'height']].min(axis=1) < r.tiny]
     return [f'{i} ({w:.0f}×{h:.0f})' for i, w, h in zip(bad.image, bad.width, bad.height)]
+
+def _dark_images(r:DataReport)->list:
+    "Images of more than 8 bits that would be nearly black, when all of them would"
+    wide = r.images[r.images.peak.notna()]
+    if r.data.max_value is not None or not len(wide) or wide.peak.max() >= 2**14: return []
+    return [f'{i} (up to {p:.0f})' for i, p in zip(wide.image, wide.peak)]
 
 def _duplicates(r:DataReport)->list: # of tables
     "Groups of images with equal pixels"
@@ -126,18 +134,19 @@ def _untested_classes(r:DataReport)->list:
 
 def _uninformative_names(r:DataReport)->list:
     "Class names that mean nothing to a text tower"
-    return [c for c in r.data.classes if _meaningless_names(c)]
+    return [c for c in r.data.class_names if _meaningless_names(c)]
 
 # %% ../../nbs/data/07_inspection.ipynb #38aec36a
 _PROBLEMS = {
     'Images that cannot be read': _unreadable_images,
+    'Images of more than 8 bits that use a quarter of their range at most (name the value of white with max_value)': _dark_images,
     'Very small images': _small_images,
     'Test images that are also training images': _train_test_duplicates,
     'Images under more than one label': _conflicting_labels,
     'Images that occur more than once': _repeated_names,
     'Classes with a single training image': _singletons,
     'Classes without a test image, hence without a score': _untested_classes,
-    'Class names that say nothing to a text tower (give others with classes, or start from init class_mean)': _uninformative_names,
+    'Class names that say nothing to a text tower (give others with class_names, or start from init class_mean)': _uninformative_names,
 }
 
 # %% ../../nbs/data/07_inspection.ipynb #37da9637
@@ -147,7 +156,7 @@ def _report_lines(r:DataReport, # to be printed
     n:int=20, # classes that are shown
 )->list:
     "The report, line by line"
-    head, *notes = str(r.data).splitlines()
+    head, *notes = r.data.summary(r.many, r.few).splitlines()
     half = int((r.classes.training.cumsum() < r.data.counts.sum()/2).sum()) + 1
     shown = r.classes if r.data.n_classes <= n else pd.concat([r.classes[:n//2], r.classes[-n//2:]])
     found = [f'- {s}' for what, which in r.problems.items() for s in _notes_about(what, which)]
@@ -163,20 +172,22 @@ DataReport.__repr__ = lambda self: '\n'.join(_report_lines(self))
 def inspect(data, # `LongTailData`, a folder, a table, or a name of `DATASETS`
     decode:bool=True, # every image, to find broken files and copies? otherwise their headers only
     tiny:int=32, # pixels of a side below which an image is reported
+    many:int=100, # more than this many training images: a many-shot class
+    few:int=20, # less than this many: a few-shot class
     **kwargs, # of the folder, the table or the named data set: see `from_folder`, `from_table`, `DATASETS`
 )->DataReport:
     "Look at a data set before training; files that cannot be read are part of the report"
     if isinstance(data, (str, Path)):
-        own = os.path.exists(os.path.expanduser(data))
+        own = os.path.exists(os.path.expanduser(data)) and str(data) not in DATASETS
         data = _from_path(data, **{'check': False, **kwargs}) if own else load_data(data, **kwargs)
-    return DataReport(data, _image_table(data, decode), tiny)
+    return DataReport(data, _image_table(data, decode), tiny, many, few)
 
 # %% ../../nbs/data/07_inspection.ipynb #ec0f11e1
 def plot_report(r:DataReport, # to be drawn
     ax=None, # matplotlib axes; new ones when not given
 ):
     "The distribution of the classes"
-    ax = plot_counts(r.data, ax or plt.subplots(figsize=(8, 3.5))[1])
+    ax = plot_counts(r.data, ax or plt.subplots(figsize=(8, 3.5))[1], r.many, r.few)
     test = r.classes.test[r.classes.test > 0]
     ax.set_ylabel('images')
     ax.plot([r.classes.index.get_loc(c) for c in test.index], test, 'k.', ms=4, label='test')
@@ -190,9 +201,10 @@ def _read_words(path, # folder, table, or a name of `DATASETS`
 )->dict: # options of `inspect`
     "Words of the command line as options; raises `LiftError` for unknown ones"
     path = Path(os.path.expanduser(path))
-    read = from_folder if os.path.isdir(path) else from_table if os.path.exists(path) else _lookup(DATASETS, str(path), 'data set, folder or table')
+    read = DATASETS.get(str(path)) or (from_folder if os.path.isdir(path) else from_table if os.path.exists(path)
+        else _lookup(DATASETS, str(path), 'data set, folder or table'))
     known = {k: p.default for f in (inspect, read) for k, p in signature(f).parameters.items()}
-    known = {k: d for k, d in known.items() if k not in ('data', 'path', 'table', 'kwargs')}
+    known = {k: d for k, d in known.items() if k not in ('data', 'path', 'table', 'kwargs', 'classes')} | dict(classes=None)
     for k in words[::2]:
         if k not in known: raise LiftError(f'Unknown option {k!r}; choose from {_nearest(k, known)}')
     if len(words) % 2: raise LiftError(f'Option {words[-1]!r} has no value')
