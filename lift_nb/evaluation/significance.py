@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['intervals', 'compare_paired']
 
-# %% ../../nbs/evaluation/01_significance.ipynb #7d1e7d2b
+# %% ../../nbs/evaluation/01_significance.ipynb #44fb1819
 import numpy as np
 import pandas as pd
 import torch
@@ -14,7 +14,7 @@ from scipy.stats import binomtest, norm
 from ..core.errors import LiftError
 from ..data.dataset import shot_groups
 
-# %% ../../nbs/evaluation/01_significance.ipynb #642f4a57
+# %% ../../nbs/evaluation/01_significance.ipynb #d3495e18
 def _score_weights(seen, # (C,) test images of each class
     counts, # (C,) training images of each class
     many:int=100, # many-shot classes have more training images than this
@@ -34,7 +34,7 @@ def _class_means(values, # (N,) a number for each test image
     seen = np.bincount(targs, minlength=n_classes)
     return np.bincount(targs, np.asarray(values, float), n_classes)/np.maximum(seen, 1)
 
-# %% ../../nbs/evaluation/01_significance.ipynb #803531fb
+# %% ../../nbs/evaluation/01_significance.ipynb #b9691244
 _BORROWED = .5 # degrees of freedom of a class's variance that come from all images of the score
 
 def _score_variance(mean, # (…, C) mean of each class
@@ -44,7 +44,7 @@ def _score_variance(mean, # (…, C) mean of each class
 ): # (…, S) variance of each score, variance of one image under the score's weights, images that are worth as much when weighted equally
     "Sampling variance of each score over the test images within the classes"
     n = np.maximum(seen, 1)
-    equal = 1/(w**2/n).sum(-1) # Kish's effective number of images
+    equal = 1/(w**2/n).sum(-1) # Kish's effective number
     total = (mean**2 + squares/n) @ w.T - (mean @ w.T)**2
     pooled = total*equal/np.maximum(equal - 1, 1)
     within = (squares[..., None, :] + _BORROWED*pooled[..., :, None])/(n - 1 + _BORROWED)
@@ -57,7 +57,7 @@ def _effective_images(per_image, # variance of one image
     "How many independent images would have this variance"
     return np.where(variance > 1e-15, per_image/np.maximum(variance, 1e-15), equal)
 
-# %% ../../nbs/evaluation/01_significance.ipynb #2ce9ccef
+# %% ../../nbs/evaluation/01_significance.ipynb #92f89503
 def _check_level(level:float)->float: # of confidence; its normal quantile
     "Two-sided normal quantile; raises `LiftError` for no level of confidence"
     if not 0 < level < 1: raise LiftError(f'The level of confidence must lie between 0 and 1, not {level!r}')
@@ -95,17 +95,16 @@ def intervals(shares, # (N,) is the image recognised? 1 or 0, or the share of se
     w = _score_weights(stats[2], counts, many, few)
     return pd.DataFrame(dict(zip(('percent', 'low', 'high'), 100*np.stack(_proportion_intervals(*stats, w.to_numpy(), z)))), index=w.index)
 
-# %% ../../nbs/evaluation/01_significance.ipynb #90fa1b21
+# %% ../../nbs/evaluation/01_significance.ipynb #dd425431
 def _single_image_note(seen, # (C,) test images of each class
 )->str: # '' when there are no such classes
     "A sentence about classes with one test image"
     one = int((np.asarray(seen) == 1).sum())
     if not one: return ''
-    have = '1 class has' if one == 1 else f'{one} classes have'
-    return f'{have} a single test image; its spread is not known and is taken from the group, so that intervals are rather too wide than too narrow'.replace(
-        'its', 'their' if one > 1 else 'its')
+    start = '1 class has a single test image; its spread' if one == 1 else f'{one} classes have a single test image; their spread'
+    return f'{start} is not known and is taken from the group, so that intervals are rather too wide than too narrow'
 
-# %% ../../nbs/evaluation/01_significance.ipynb #ffd9a1da
+# %% ../../nbs/evaluation/01_significance.ipynb #022bb337
 def _sign_flip_draws(values, # (N,) difference of each test image
     targs, # (N,) labels
     w:pd.DataFrame, # of `_score_weights`
@@ -132,7 +131,7 @@ def _difference_intervals(mean, squares, seen, w, z): # as in `_score_variance`;
     half = z*np.sqrt(np.maximum(square - centre**2, 0)/(n + 2))
     return d, np.clip(np.minimum(centre - half, d), -1, 1), np.clip(np.maximum(centre + half, d), -1, 1)
 
-# %% ../../nbs/evaluation/01_significance.ipynb #ccd17cb2
+# %% ../../nbs/evaluation/01_significance.ipynb #ecf4766c
 def _compare_proportions(first, second, # (N,) as `shares` of `intervals`, of two rows
     targs, # (N,) labels of the same test images
     counts, # (C,) training images of each class
@@ -150,7 +149,7 @@ def _compare_proportions(first, second, # (N,) as `shares` of `intervals`, of tw
     return pd.DataFrame(dict(zip(('first', 'second', 'difference', 'low', 'high'), found)), index=w.index).assign(
         p=_sign_flip_p(d, targs, w, n, seed), test='sign-flip')
 
-# %% ../../nbs/evaluation/01_significance.ipynb #c723cd8f
+# %% ../../nbs/evaluation/01_significance.ipynb #eb2ecb8b
 def _mcnemar(a, b)->float: # (N,) booleans each
     "Exact two-sided p-value of McNemar's test"
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
