@@ -186,7 +186,8 @@ def digits_lt(root=None, # not used: the digits are part of scikit-learn
     return LongTailData('digits_lt', _digit_names, images[train], d.target[train], images[test], d.target[test])
 
 # %% ../../nbs/data/01_dataset.ipynb #b7e7a178
-_group_colors = dict(many='tab:blue', medium='tab:green', few='tab:red')
+_COLORS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C8C8C' # told apart by colour-blind readers (Okabe & Ito, 2008)
+_group_colors = dict(many=_COLORS[0], medium=_COLORS[2], few=_COLORS[1])
 
 def plot_counts(data:LongTailData, # what to draw
     ax=None, # matplotlib axes; new ones when not given

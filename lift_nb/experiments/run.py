@@ -26,7 +26,7 @@ from ..core.files import _as_json, _read_tensors, _write_json
 from ..models.surgery import load_trainable, n_trainable
 from ..models.text_heads import TextHead
 from ..evaluation.metrics import Scores, plot_per_class, score_preds
-from ..evaluation.predictions import prediction_table, _write_predictions
+from ..evaluation.predictions import prediction_table, top_predictions, _write_predictions
 from ..training.callbacks import EpochCosine, SkipValidation, _WatchLoading
 from ..core.locks import _LOCK, _locked
 from ..training.checkpoints import _fit_resumably, _list_checkpoints
@@ -217,7 +217,8 @@ def _test(learn, r, phases)->tuple: # scores, predictions
     "Look at the test images in the recipe's way"
     _set_precision(learn.model, r.test_precision)
     with phases('test'), _distributed_fit(learn), _progress_bar(learn): logits, labels = learn.logits(tte=r.tte, expand=r.tte_expand)
-    return score_preds(logits, labels, learn.counts), prediction_table(learn.data.test_images, logits, labels)
+    found = top_predictions([(logits, labels)])
+    return score_preds(found.classes[:, 0], labels, learn.counts), prediction_table(learn.data.test_images, found, learn.data.classes)
 
 def _finish(folder, learn, r, s, predictions, phases, name='result'):
     "Write predictions, picture, scores for TensorBoard, (after training) the trained tensors, and at last the result"
