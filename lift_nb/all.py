@@ -19,12 +19,12 @@ __all__ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TE
            'FrozenEval', 'AccumulateGradients', 'AdjustLogits', 'AverageCrops', 'StopOnNonFinite', 'ScaleLoss',
            'SkipValidation', 'LongTailLoss', 'CrossEntropy', 'LogitAdjustment', 'BalancedSoftmax', 'LADE', 'GRW',
            'ClassBalanced', 'Focal', 'LDAM', 'Estimate', 'estimate', 'Scores', 'score_preds', 'group_metrics',
-           'plot_per_class', 'prediction_table', 'read_predictions', 'compare_runs', 'intervals', 'compare_paired',
-           'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
-           'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
-           'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
+           'plot_per_class', 'TopPredictions', 'top_predictions', 'prediction_table', 'read_predictions',
+           'compare_runs', 'intervals', 'compare_paired', 'load_original', 'save_original', 'Recipe', 'RunSettings',
+           'resolve', 'run_name', 'run', 'score_table', 'compare', 'TABLES', 'table_runs', 'run_all', 'render_table',
+           'saved_bytes', 'step_setup', 'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
 
-# %% ../nbs/03_all.ipynb #5181eab0
+# %% ../nbs/03_all.ipynb #e1e5ac81
 from .core.catalog import DATASETS, BACKBONES, METHODS, ADAPTERS, HEADS, INITS, TEXT_HEADS, LOSSES
 from .core.errors import LiftError
 from .core.processes import (
@@ -58,12 +58,12 @@ from .models.text_heads import CONTEXTS, ZeroShotHead, zero_shot_head, TextHead,
 from .training.callbacks import (
     EpochCosine, CropSchedule, FrozenEval, AccumulateGradients, AdjustLogits, AverageCrops,
     StopOnNonFinite, ScaleLoss, SkipValidation)
-from .training.compiling import compile_backbone
 from .training.losses import (
     LongTailLoss, CrossEntropy, LogitAdjustment, BalancedSoftmax, LADE, GRW, ClassBalanced, Focal, LDAM)
 from .training.memory import Estimate, estimate
 from .evaluation.metrics import Scores, score_preds, group_metrics, plot_per_class
-from .evaluation.predictions import prediction_table, read_predictions, compare_runs
+from .evaluation.predictions import (
+    TopPredictions, top_predictions, prediction_table, read_predictions, compare_runs)
 from .evaluation.significance import intervals, compare_paired
 from .original.checkpoints import load_original, save_original
 from .experiments.recipe import Recipe, RunSettings, resolve, run_name
@@ -74,7 +74,7 @@ from .bench.steps import saved_bytes, step_setup
 from .learner import lift_plus_learner
 from .predictor import save_lift, load_lift, Predictor
 
-# %% ../nbs/03_all.ipynb #620d2bae
+# %% ../nbs/03_all.ipynb #fc04f5f1
 _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT_HEADS', 'LOSSES', 'LiftError',
     'is_distributed', 'is_main', 'init_distributed', 'shutdown_distributed', 'run_on_main', 'BENCHMARKS',
     'Benchmark', 'benchmark', 'from_lists', 'cifar100', 'cifar100_lt', 'load_data', 'MDA_SCHEDULES',
@@ -89,10 +89,10 @@ _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT
     'n_trainable', 'first_token_only', 'trainable_state', 'load_trainable', 'TEMPLATE', 'prompts', 'tokenize',
     'TextTower', 'text_tower', 'text_features', 'CONTEXTS', 'ZeroShotHead', 'zero_shot_head', 'TextHead',
     'create_text_head', 'EpochCosine', 'CropSchedule', 'FrozenEval', 'AccumulateGradients', 'AdjustLogits',
-    'AverageCrops', 'StopOnNonFinite', 'ScaleLoss', 'SkipValidation', 'compile_backbone', 'LongTailLoss',
-    'CrossEntropy', 'LogitAdjustment', 'BalancedSoftmax', 'LADE', 'GRW', 'ClassBalanced', 'Focal', 'LDAM',
-    'Estimate', 'estimate', 'Scores', 'score_preds', 'group_metrics', 'plot_per_class', 'prediction_table',
-    'read_predictions', 'compare_runs', 'intervals', 'compare_paired', 'load_original', 'save_original',
-    'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table', 'compare', 'TABLES', 'table_runs',
-    'run_all', 'render_table', 'saved_bytes', 'step_setup', 'lift_plus_learner', 'save_lift', 'load_lift',
-    'Predictor']
+    'AverageCrops', 'StopOnNonFinite', 'ScaleLoss', 'SkipValidation', 'LongTailLoss', 'CrossEntropy',
+    'LogitAdjustment', 'BalancedSoftmax', 'LADE', 'GRW', 'ClassBalanced', 'Focal', 'LDAM', 'Estimate',
+    'estimate', 'Scores', 'score_preds', 'group_metrics', 'plot_per_class', 'TopPredictions',
+    'top_predictions', 'prediction_table', 'read_predictions', 'compare_runs', 'intervals', 'compare_paired',
+    'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
+    'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
+    'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']

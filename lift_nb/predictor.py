@@ -30,7 +30,6 @@ from .models.backbones import _check_backbone, create_backbone, _is_weights_file
 from .models.text import _is_template_file, _read_templates
 from .models.adapters import MaskedLinear
 from .models.surgery import _differences, load_trainable
-from .models.features import _add_tensors
 from .models.text_heads import ZeroShotHead
 from .experiments.recipe import _check_modules, _check_value
 from .models.model import LiftModel, assemble, set_precision
@@ -80,6 +79,14 @@ def _trainable_tensors(learn:Learner)->dict: # name → tensor
 def _saved_buffers(model:LiftModel)->dict: # name → tensor
     "Buffers of the head, and which entries each `MaskedLinear` trains"
     return {n: b for n, b in model.named_buffers() if n.startswith('head.') or n.endswith('_at')}
+
+def _add_tensors(h, # of hashlib
+    tensors:dict, # name → tensor
+):
+    "Let a checksum depend on the names, types and contents of tensors"
+    for name, t in sorted(tensors.items()):
+        h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
+        if t.numel(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 def _frozen_digest(model:LiftModel, # with its modules
     tuned, # names of the trained tensors

@@ -30,18 +30,18 @@ from ..models.heads import HEADS
 from ..models.features import _CachedFeatures
 from ..training.losses import LogitAdjustment
 from ..evaluation.metrics import _hits_by_class
-from ..experiments.recipe import METHODS
+from ..experiments.recipe import resolve
 from ..models.model import LiftModel, compile_backbone
-from ..learner import _Rows, _build_learner, _lift_dataloaders, lift_plus_learner
+from ..experiments.build import _FeatureRows, _build, _learner, _lift_dataloaders
 from .steps import _BENCHES, _machine, _time_once, _ratio, step_setup
 
 # %% ../../nbs/bench/01_speed.ipynb #d57bc7ec
 def _loop_setup(n_classes:int, n:int, bs:int): # classes, images, images in a step
     "The same epoch by a `Learner` and by a loop, as functions"
     f, y, counts = torch.randn(n, 16), torch.arange(n) % n_classes, np.ones(n_classes, int)
-    train, test = (SeededDL(_Rows(f, y), bs=bs, shuffle=s, num_workers=0) for s in (True, False))
+    train, test = (SeededDL(_FeatureRows(f, y), bs=bs, shuffle=s, num_workers=0) for s in (True, False))
     model, loss = LiftModel(_CachedFeatures(16), HEADS['cosine'](16, n_classes, 25.)), LogitAdjustment(counts)
-    learn = _build_learner(DataLoaders(train, test), model, METHODS['lp'], counts)
+    learn = _learner(DataLoaders(train, test), model, resolve(data='cifar100', method='lp'), counts)
     def ours():
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
     def bare():
@@ -88,7 +88,7 @@ def _bench_tte(backbone:str='clip_vit_b32', # a name of `BACKBONES`
 # %% ../../nbs/bench/01_speed.ipynb #c8b744fc
 def _passes(data, backbone, seconds:float)->float: # images a second
     "Go through the training images, in this process, until the time is over"
-    dl, start, seen = _lift_dataloaders(data, backbone, METHODS['lift+'], num_workers=0, device='cpu').train, time.perf_counter(), 0
+    dl, start, seen = _lift_dataloaders(data, backbone, resolve(data='cifar100', num_workers=0), 1, device='cpu').train, time.perf_counter(), 0
     while time.perf_counter() - start < seconds: seen += sum(len(y) for _, y in dl)
     return seen/(time.perf_counter() - start)
 
@@ -110,7 +110,7 @@ def _bench_loading(n:int=128, # images
 # %% ../../nbs/bench/01_speed.ipynb #3b22e2b2
 def _probe(**options):
     "Build and train a linear probe on the digits"
-    learn = lift_plus_learner('digits_lt', 'tiny_clip', method='lp', mda='plain', init='class_mean', epochs=5, batch_size=32, device='cpu', **options)
+    learn = _build(resolve(data='digits_lt', method='lp', mda='plain', init='class_mean', epochs=5, device='cpu', **options))
     with learn.no_bar(), learn.no_logging(): learn.fit_lift()
 
 def _bench_features(n:int=5)->dict: # pairs

@@ -209,7 +209,7 @@ def _learner(dls:DataLoaders, # training and test set
     loss_func, loss_cbs = _loss(r.loss, counts, tau=r.tau, scale=getattr(model.head, 'scale', 25.))
     opt = partial(SGD, mom=r.momentum, decouple_wd=False) # weight decay as in torch.optim.SGD
     learn = Learner(dls, model, loss_func, opt, lr=r.lr, splitter=_trainable_groups, wd=r.weight_decay, wd_bn_bias=True, train_bn=False,
-        metrics=[*group_metrics(counts), *metrics], cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
+        metrics=[*group_metrics(counts, r.many, r.few), *metrics], cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
     learn.recipe, learn.counts, learn.accum_step = r, counts, accum_step
     learn.recorder.smooth_loss = _SmoothLoss()
     return learn

@@ -18,37 +18,50 @@ from torch.utils.tensorboard import SummaryWriter
 from fastcore.basics import noop
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
-from fastai.torch_core import set_seed
 
 from ..core.errors import LiftError
-from ..core.processes import run_on_main, is_main, init_distributed, _peer_failures_as_errors, is_distributed, _world_size
+from ..core.processes import (init_distributed, is_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
 from ..core.files import _as_json, _read_tensors, _write_json
+from ..core.locks import _LOCK, _locked
+from ..core.fingerprint import _Images, _differing_parts, _fingerprint, _model_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.text_heads import TextHead
-from ..evaluation.metrics import Scores, plot_per_class, score_preds
-from ..evaluation.predictions import prediction_table, top_predictions, _write_predictions
+from ..models.model import LiftModel
 from ..training.callbacks import EpochCosine, SkipValidation, _WatchLoading
-from ..core.locks import _LOCK, _locked
 from ..training.checkpoints import _fit_resumably, _list_checkpoints
 from ..training.distributed import _distributed_fit
-from .recipe import Recipe, _result_settings, resolve, run_name
-from ..models.model import LiftModel
-from ..original.checkpoints import _set_masked_entries_from, _load_original_tensors, _read_original
-from ..training.memory import estimate, _reset_peak_memory, _peak_memory
-from ..predictor import _check_frozen_weights, _set_masked_entries, _split_state, save_lift, _package_versions
-import lift_nb.learner as learner
+from ..training.memory import _peak_memory, estimate
+from ..evaluation.metrics import Scores, plot_per_class, score_preds
+from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
+from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
+from ..predictor import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
+from .recipe import Recipe, RunSettings, _FIELDS, _check_value, _known, _data_word, _result_settings, _value_word, resolve, run_name
+from .build import _build, _inputs, _logits, _train_on_cached_features, _uses_cached_features
 
 # %% ../../nbs/experiments/02_run.ipynb #cd875e2b
 _CHECKPOINTS = 'resume' # the folder of the save points in that of a run
 
+def _identity(r:Recipe, # resolved
+    data, # `LongTailData`
+    backbone, # frozen
+)->dict: # part → checksum
+    "Return what a run is recognized by beside its settings: images, labels, class names, and the frozen network"
+    return _fingerprint(train=[_Images(data.train_images), data.train_labels], test=[_Images(data.test_images), data.test_labels],
+        class_names=list(data.classes), **{f'backbone {k}': v for k, v in _model_parts(backbone.model).items()})
+
 def _finished_result(folder:Path, # of a run
     r:Recipe, # resolved
+    identity:dict, # of `_identity`
+    say=print, # where to tell that a result is another run's
 )->dict|None: # what stands in result.json
-    "The result of a finished run of the same recipe"
+    "Return the result of a finished run of the same recipe on the same images and weights"
     try:
         result = json.loads((folder/'result.json').read_text(encoding='utf-8'))
-        return result if _result_settings(result['recipe']) == json.loads(_as_json(_result_settings(asdict(r)))) else None
+        if _result_settings(result['recipe']) != json.loads(_as_json(_result_settings(r.settings()))): return None
+        odd = _differing_parts(identity, result.get('fingerprint'))
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
+    if odd: say(f"The result in '{folder}' belongs to other inputs ({', '.join(odd)} differ)")
+    return None if odd else result
 
 def _archive_previous(folder:Path, # held by this process
     say=print, # where to tell what was moved
@@ -68,9 +81,13 @@ class _Log:
     "Write lines to a file and to the screen"
     def __init__(self, path, # of the file
         echo=print, # where lines also go
-    ): self.path, self.echo = Path(path), echo
+    ): self.path, self.echo, self.broken = Path(path), echo, False
     def __call__(self, text):
-        with self.path.open('a', encoding='utf-8') as f: f.write(text + '\n')
+        try:
+            with self.path.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(text + '\n')
+        except OSError as e: # a full disk, or a folder that went away, must not end a training
+            if not self.broken: self.echo(f"Cannot write '{self.path}' ({e.strerror or e}); the run goes on")
+            self.broken = True
         self.echo(text)
 
 class _EpochLog(Callback):
@@ -102,36 +119,6 @@ class _Phases:
         yield
         self.seconds[name] = round(time.perf_counter() - start, 2)
 
-def _learner_options(r:Recipe)->dict: # arguments of `lift_plus_learner`
-    "A recipe in the words of the learner"
-    not_there = ('data', 'seed', 'deterministic', 'test_precision', 'tte', 'tte_expand', 'weight_decay', 'momentum')
-    o = {f.name: getattr(r, f.name) for f in fields(r) if f.name not in not_there}
-    return dict(**o, wd=r.weight_decay, mom=r.momentum)
-
-# %% ../../nbs/experiments/02_run.ipynb #beef0637
-def _choose_device(name, # 'cpu', 'cuda', 'cuda:1' or None
-    say=print, # where to tell that there is no GPU
-): # torch.device, or None: fastai's default
-    "The device of a recipe; raises `LiftError` for a GPU that is not there beside others that are"
-    if name is None or name == 'cpu': return name and torch.device(name)
-    if not torch.cuda.is_available():
-        say(f"There is no GPU on this machine, so '{name}' became the CPU")
-        return torch.device('cpu')
-    device, n = torch.device(name), torch.cuda.device_count()
-    if (device.index or 0) >= n: raise LiftError(f"There is no GPU {device.index}; choose from {list(range(n))}")
-    if device.index is not None and is_distributed(): raise LiftError(f"Each of several processes has its own GPU, so device cannot be '{name}'; leave it out")
-    return device
-
-def _build(r:Recipe, # resolved
-    cbs=(), # further callbacks
-    say=print, # where to tell that there is no GPU
-): # fastai Learner
-    "The learner of a recipe, seeded"
-    set_seed(r.seed, reproducible=r.deterministic)
-    _reset_peak_memory()
-    options = dict(_learner_options(r), device=_choose_device(r.device, say))
-    return learner.lift_plus_learner(r.data, **options, cbs=list(cbs))
-
 # %% ../../nbs/experiments/02_run.ipynb #c042ab6d
 def _same_storage(learn:Learner, # of the same recipe, perhaps at another resolution or in another precision
     about:dict, # what the file of the run says
@@ -157,9 +144,9 @@ def _load_from_original(learn:Learner, # of the recipe that the checkpoint belon
     path:Path, # checkpoint of the original program
 ):
     "Load the original program's trained tensors; raises `LiftError` for every difference"
-    state, model = _read_original(path), learn.model
-    _set_masked_entries_from(model, state)
-    _load_original_tensors(model, state)
+    state = _read_original(path)
+    _set_masked_entries_from(learn.model, state)
+    _load_original_tensors(learn.model, state)
 
 _LOADERS = {'model.safetensors': _load_own, 'checkpoint.pth.tar': _load_from_original}
 
@@ -182,7 +169,7 @@ def _set_precision(model:LiftModel, # trained
 def _result_record(learn, r, s, phases)->dict: # what goes into result.json
     "Recipe, circumstances and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
-    return dict(recipe=asdict(r), seed=r.seed, versions=_package_versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(), **scores,
+    return dict(recipe=r.settings(), seed=r.seed, versions=_package_versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(), **scores,
         seconds=phases.seconds, trained_parameters=n_trainable(learn.model), weights=learn.backbone.weights,
         device=str(learn.dls.device), processes=_world_size(), peak_memory=_peak_memory(learn.dls.device))
 
@@ -203,72 +190,97 @@ def _progress_bar(learn):
     return learn.no_bar() if not (sys.stdout.isatty() and is_main()) else nullcontext()
 
 def _log_estimate(learn, log):
-    "Tell what the training will need, except for a compiled tower and for kept features, where a step is another than the one tried here"
-    if not learn.compile_seconds and not learner._uses_cached_features(learn): log(estimate(learn).line)
+    "Tell what the training will need, except for a compiled tower and cached features, where a step is another than the one tried here"
+    if not learn.compile_seconds and not _uses_cached_features(learn): log(estimate(learn).line)
 
 def _train(learn, r, log, folder, phases, cbs, **saving): # `minutes` and `steps` of `_fit_resumably`
-    "Fit the recipe's epochs, with save points, going on from the newest that is there"
-    with phases('train'), _distributed_fit(learn, True), _progress_bar(learn), learn.no_logging(), learner._train_on_cached_features(learn):
+    "Fit the recipe's epochs, with checkpoints, going on from the newest that is there"
+    with phases('train'), _distributed_fit(learn, True), _progress_bar(learn), learn.no_logging(), _train_on_cached_features(learn):
         earlier = _fit_resumably(learn, r.epochs, cbs=[EpochCosine(), _WatchLoading(log), *cbs], folder=folder/_CHECKPOINTS,
-            about=_result_settings(asdict(r)), say=log, **saving)
+            about=_result_settings(r.settings()), say=log, **saving)
     phases.seconds['train'] = round(phases.seconds['train'] + earlier, 2)
 
 def _test(learn, r, phases)->tuple: # scores, predictions
     "Look at the test images in the recipe's way"
     _set_precision(learn.model, r.test_precision)
-    with phases('test'), _distributed_fit(learn), _progress_bar(learn): logits, labels = learn.logits(tte=r.tte, expand=r.tte_expand)
-    found = top_predictions([(logits, labels)])
-    return score_preds(found.classes[:, 0], labels, learn.counts), prediction_table(learn.data.test_images, found, learn.data.classes)
+    with phases('test'), _distributed_fit(learn), _progress_bar(learn): found = top_predictions([_logits(learn, tte=r.tte, expand=r.tte_expand)])
+    scores = score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few)
+    return scores, prediction_table(learn.data.test_images, found, learn.data.classes)
 
-def _finish(folder, learn, r, s, predictions, phases, name='result'):
-    "Write predictions, picture, scores for TensorBoard, (after training) the trained tensors, and at last the result"
-    result = _result_record(learn, r, s, phases)
-    title = f'{r.data}, {r.backbone}'
-    fig = plot_per_class({r.method: s}, learn.counts, title=title).figure
-    fig.savefig(folder/f'{"per_class" if name == "result" else name}.png', dpi=150, bbox_inches='tight'); plt.close(fig)
+# %% ../../nbs/experiments/02_run.ipynb #b27239da
+def _title(r)->str: return f'{_data_word(r.data)}, {_data_word(r.backbone)}'
+
+def _draw(path, learn, r, s):
+    "Save the picture of accuracies by class"
+    fig = plot_per_class({_value_word(r.method): s}, learn.counts, title=_title(r), class_names=learn.data.vocab, many=r.many, few=r.few).figure
+    fig.savefig(path, dpi=150, bbox_inches='tight')
+    plt.close(fig)
+
+def _write_scalars(folder, r, s, name):
+    "Write scores for TensorBoard"
     with SummaryWriter(folder/'tensorboard') as w:
         for k, v in asdict(s).items():
             if isinstance(v, float): w.add_scalar(f'{name}/{k}', v, r.epochs)
-    _write_predictions(folder/f'{"" if name == "result" else name + "_"}predictions.csv', predictions)
-    if name == 'result': save_lift(folder/'model.safetensors', learn, recipe=asdict(r))
-    _write_json(folder/f'{name}.json', result)
-    if name == 'result': shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
+
+def _finish(folder, learn, result, s, predictions, name='result', say=print):
+    "Write the trained tensors (after training), predictions, picture, scores, and at last the result"
+    r, trained = learn.recipe, name == 'result'
+    if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings())
+    seal = _write_predictions(folder/f'{"" if trained else name + "_"}predictions.csv', predictions)
+    try:
+        _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
+        _write_scalars(folder, r, s, name)
+    except OSError as e: say(f"Could not write the picture to '{folder}' ({e.strerror or e})")
+    _write_json(folder/f'{name}.json', dict(result, predictions=seal))
+    if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
     return result
 
 # %% ../../nbs/experiments/02_run.ipynb #c692a24a
+def _run_settings(settings:dict, # of recipe and run, by name
+)->tuple: # those of the recipe, `RunSettings`
+    "Return the two kinds of settings, those of the run checked"
+    known = _known(settings)
+    own = {f.name for f in fields(RunSettings)}
+    s = RunSettings(**{k: _check_value(k, v) for k, v in known.items() if k in own})
+    if s.resume and s.test_only: raise LiftError('resume goes on with a training, test_only starts none; give one of them')
+    return {k: v for k, v in known.items() if k not in own}, s
+
 def run(output_dir=None, # folder of the run; None: output/<name of the run>
-    test_only:bool=False, # evaluate the tensors of an earlier run instead of training
-    model_dir=None, # folder of that run; None: the output folder
-    validate:bool=True, # look at the test set after every epoch?
-    print_freq:int=0, # batches between two lines of the log; 0: a line after each epoch only
-    resume:bool=False, # go on with the training that was interrupted in the folder, or show its result when it is finished?
-    save_minutes:float=10., # between two save points inside an epoch
-    save_steps:int|None=None, # between two save points inside an epoch; None: only by time
     echo=print, # where lines of the log also go
-    **options, # see `Recipe`
+    **settings, # of `Recipe` and `RunSettings`, by name
 )->dict: # what stands in result.json
-    "Carry out one recipe and leave everything in its folder"
-    if resume and test_only: raise LiftError('resume goes on with a training, test_only starts none; give one of them')
-    r, phases = resolve(**options), _Phases()
+    "Carry out one recipe and leave everything in its folder; raises `LiftError` for settings, data and weights that cannot be"
+    given, s = _run_settings(settings)
+    r, phases = resolve(**given), _Phases()
     init_distributed(r.device)
     echo = echo if is_main() else noop
-    with _peer_failures_as_errors(), _locked_folder(output_dir or Path('output')/run_name(**options), echo) as folder:
-        if resume and (result := run_on_main(_finished_result, folder, r)): return result
-        with phases('build'): learn = _build(r, say=echo)
-        if not test_only: run_on_main(_archive_previous, folder, echo, resume)
+    with _peer_failures_as_errors(), _locked_folder(output_dir or Path('output')/run_name(**given), echo) as folder:
+        with phases('build'):
+            inputs = _inputs(r, say=echo)
+            identity = _identity(r, *inputs)
+            if s.resume and (result := run_on_main(_finished_result, folder, r, identity, echo)): return result
+            learn = _build(r, inputs, say=echo)
+        if not s.test_only: run_on_main(_archive_previous, folder, echo, s.resume)
         log = _Log(folder/'log.txt', echo) if is_main() else noop
-        if learn.compile_seconds: log(f'Compiled the image tower in {learn.compile_seconds:.1f} s')
-        log(f"{r.method} on {learn.data}\n{n_trainable(learn.model):,} trained parameters; {_as_json({k: v for k, v in asdict(r).items() if v is not None})}")
-        if test_only: _load_previous(learn, model_dir or folder)
+        _log_start(learn, log)
+        if s.test_only: _load_previous(learn, s.model_dir or folder)
         elif r.epochs and n_trainable(learn.model):
             _log_estimate(learn, log)
-            _train(learn, r, log, folder, phases, _log_callbacks(log, folder, print_freq, validate), minutes=save_minutes, steps=save_steps)
-        s, predictions = _test(learn, r, phases)
-        log(f'{_summary(s)}\npeak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB')
-        return run_on_main(_finish, folder, learn, r, s, predictions, phases, 'test_only' if test_only else 'result')
+            _train(learn, r, log, folder, phases, _log_callbacks(log, folder, s.print_freq, s.validate), minutes=s.save_minutes, steps=s.save_steps)
+        found, predictions = _test(learn, r, phases)
+        log(f'{_summary(found)}\npeak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB')
+        result = dict(_result_record(learn, r, found, phases), fingerprint=identity)
+        return run_on_main(_finish, folder, learn, result, found, predictions, 'test_only' if s.test_only else 'result', log)
+
+def _log_start(learn, log):
+    "Tell what is trained on what"
+    r = learn.recipe
+    if learn.compile_seconds: log(f'Compiled the image tower in {learn.compile_seconds:.1f} s')
+    log(f"{_value_word(r.method)} on {learn.data}\n{n_trainable(learn.model):,} trained parameters; "
+        f"{_as_json({k: v for k, v in r.settings().items() if v is not None})}")
 
 def _summary(s:Scores)->str:
-    "One line of scores; a dash for an empty group"
+    "Return one line of scores; a dash for an empty group"
     return '  '.join(f"{k} {'–' if v is None else f'{v:.2f}'}" for k, v in asdict(s).items() if k != 'per_class')
 
 # %% ../../nbs/experiments/02_run.ipynb #d224b5d3
