@@ -245,7 +245,8 @@ def _texts(options:dict)->dict: return {k.replace('__', '.'): v for k, v in opti
 def _reproduce(words, dry_run=False, seeds=None, ray=None, gpus=None, against=None, **texts):
     """Carry out a table of the papers, resumably.
 
-    TABLE is main, lift, ablation, modules, heads, inits, losses, schedules, width, epochs, tte, partial, arbitrary, backbones, zero-shot, methods or digits; settings hold for all its runs."""
+    TABLE is main, lift, ablation, modules, heads, inits, losses, schedules, width, epochs, tte, partial, arbitrary,
+    backbones, zero-shot, methods or digits; settings hold for all its runs."""
     if len(words) != 1: raise LiftError("'lift_nb reproduce' takes the name of one table")
     settings, _ = translate(_texts(texts), _readers())
     folder = settings.pop('output_dir', None) or 'output/reproduce'
@@ -291,21 +292,27 @@ def _table(words, against=None):
 def _plain(*names): return [click.Option([f'--{n}', n], metavar='VALUE', help=h) for n, h in names]
 
 _DRY = click.Option(['--dry-run', 'dry_run'], is_flag=True, help='list what would be done; start nothing')
-_RUNS = _plain(('ray', 'address of a Ray cluster, auto or local'), ('gpus', 'GPUs that a run takes from Ray'), ('against', 'row that all others are tested against'))
+_RUNS = _plain(('ray', 'address of a Ray cluster, auto or local'), ('gpus', 'GPUs that a run takes from Ray'), ('against',
+    'row that all others are tested against'))
 _TOP = _plain(('top', 'classes for each image [1]'), ('tte', 'five crops of each image? [False]'), ('expand', 'margin of the five crops in pixels'),
-    ('skip_corrupt', 'leave out images that cannot be read? [False]'), ('out', 'csv file to write'), ('checkpoint', 'file of the frozen weights, if it moved'), ('device', 'cpu, cuda … [cpu]'))
+    ('skip_corrupt', 'leave out images that cannot be read? [False]'), ('out', 'csv file to write'), ('checkpoint',
+        'file of the frozen weights, if it moved'), ('device', 'cpu, cuda … [cpu]'))
 
 def _commands()->dict: # name → click's command
     "Return all commands"
     recipe = _setting_options(_option_names())
     every = [*recipe, *_setting_options(f.name for f in fields(RunSettings)), *_hidden_options()]
     return {c.name: c for c in (
-        _command('train', _train, [*every, _DRY], '[DATA]', ['lift_nb train path/to/images --epochs 3', 'lift_nb train cifar100_ir100 --root data --tte True --dry-run',
+        _command('train', _train, [*every, _DRY], '[DATA]', ['lift_nb train path/to/images --epochs 3',
+            'lift_nb train cifar100_ir100 --root data --tte True --dry-run',
             'lift_nb train table.csv --path_col id --label_col breed --backbone in21k_vit_b16']),
-        _command('data', _data, [*_setting_options(_DATA_SETTINGS), *_plain(('classes', 'as class_names'))], 'PATH', ['lift_nb data path/to/images', 'lift_nb data table.csv --label_col species']),
+        _command('data', _data, [*_setting_options(_DATA_SETTINGS), *_plain(('classes', 'as class_names'))], 'PATH', ['lift_nb data path/to/images',
+            'lift_nb data table.csv --label_col species']),
         _command('predict', _predict, _TOP, 'RUN IMAGES…', ['lift_nb predict output/images_clip_vit_b16_lift+ new/ --top 3 --out predictions.csv']),
-        _command('reproduce', _reproduce, [*_plain(('seeds', 'seeds of each row [3]')), *_RUNS, _DRY, *every], 'TABLE', ['lift_nb reproduce digits --seeds 5', 'lift_nb reproduce main --root data --dry-run']),
-        _command('table', _table, _plain(('against', 'row that all others are tested against')), 'TABLE [FOLDER]', ['lift_nb table digits --against cross-entropy']),
+        _command('reproduce', _reproduce, [*_plain(('seeds', 'seeds of each row [3]')), *_RUNS, _DRY, *every], 'TABLE',
+            ['lift_nb reproduce digits --seeds 5', 'lift_nb reproduce main --root data --dry-run']),
+        _command('table', _table, _plain(('against', 'row that all others are tested against')), 'TABLE [FOLDER]',
+            ['lift_nb table digits --against cross-entropy']),
         _command('sweep', _sweep, [*_RUNS, _DRY, *every], '[DATA]', ['lift_nb sweep path/to/images --lr 0.01,0.02 --seed 0:3']),
         _command('compare', _compare, (), 'FIRST SECOND', ['lift_nb compare output/a output/b']),
         _command('methods', _methods, [_DRY], '[SEEDS]', ['lift_nb methods 3']),
@@ -344,7 +351,8 @@ def _arguments(argv, group)->list:
     name, words = ('train', argv) if legacy else (argv[0], argv[1:])
     command = group.commands[name]
     known = {o.removeprefix('--') for p in command.params if isinstance(p, click.Option) for o in p.opts} - {'dry-run'}
-    free = {'train': 0 if legacy else 1, 'sweep': 1, 'predict': None}.get(name, None if any(isinstance(p, click.Argument) for p in command.params) else 0)
+    free = {'train': 0 if legacy else 1, 'sweep': 1, 'predict': None}.get(name, None if any(isinstance(p, click.Argument) for p in command.params)
+        else 0)
     return [name, *_as_options(words, known, free)]
 
 # %% ../nbs/02_cli.ipynb #2132083c

@@ -25,16 +25,34 @@ _STEPS = (lambda v: v == 'auto' or not isinstance(v, str) and v > 0, "above 0 or
 _DEVICE = (lambda v: re.fullmatch(r'cpu|cuda(:\d{1,4})?', str(v)), "'cpu', 'cuda', 'cuda:1' …")
 _MDA = (lambda v: isinstance(v, (bool, str)) or callable(v), f'one of {list(_CROPS)}, True or False')
 
+def _instead(name, value, words): # the one sentence for a value of another kind
+    return LiftError(f'Setting {name} must be {words}, not {value!r:.80}')
+
+def _object_or_name(name, words): # check of a setting that takes a name or the object itself
+    def check(v):
+        if isinstance(v, (bool, int, float, list, tuple, set)): raise _instead(name, v, words)
+    return check
+
+def _check_method(v):
+    if not isinstance(v, (str, dict)): raise _instead('method', v, f'one of {list(METHODS)}, or a dict of settings')
+
+def _check_template(v):
+    if not isinstance(v, (str, PurePath)) and not (isinstance(v, (list, tuple)) and v and all(isinstance(t, str) for t in v)):
+        raise _instead('template', v, 'a prompt, a list of prompts, or a file of them')
+
 def _check_data(data):
+    if isinstance(data, (bool, int, float, bytes)): raise _instead('data', data, 'a name, a path, or the data')
     if isinstance(data, str) and data not in DATASETS and not os.path.exists(os.path.expanduser(data)):
         _lookup(DATASETS, data, 'data set (or folder)')
 
 def _check_backbone(name):
+    _object_or_name('backbone', 'a name, a file, or the network')(name)
     if not isinstance(name, str) or name in BACKBONES or os.path.isfile(name): return
     from lift_nb.models.backbones import _check_backbone
     _check_backbone(name)
 
 def _check_head(head):
+    _object_or_name('head', 'a name or a module')(head)
     if not isinstance(head, str): return
     parts = head.split('+') if _is_text_head(head) else [head]
     table = dict.fromkeys(TEXT_HEADS if _is_text_head(head) else [*HEADS, 'zero_shot', *TEXT_HEADS])
@@ -124,20 +142,24 @@ class _Source:
     "Images and network"
     data: object = _setting('digits_lt', 'Data', 'a named data set, a folder of images, a table, or `LongTailData`', _check_data)
     root: str|None = _setting(None, 'Data', 'where a named data set or the images of a table lie', needs=_ON_DISK, decides=False, named=False)
-    lists: str|None = _setting(None, 'Data', "folder of a benchmark's split lists; none: fetched and cached", needs=_LISTS, decides=False, named=False)
+    lists: str|None = _setting(None, 'Data', "folder of a benchmark's split lists; none: fetched and cached", needs=_LISTS, decides=False,
+        named=False)
     split: str|None = _setting(None, 'Data', 'list of a benchmark to test on; none: the usual one', needs=_LISTS)
     path_col: str|None = _setting(None, 'Data', "column of a table with the images' paths; none: recognized", needs=_TABLE)
     label_col: str|None = _setting(None, 'Data', 'column of a table with the labels; none: recognized', needs=_TABLE)
     split_col: str|None = _setting(None, 'Data', 'column of a table that says train or test; none: recognized', needs=_TABLE)
     class_names: object = _setting(None, 'Data', 'class names for the prompts: a list, a dict from folder to name, or a file of them')
-    test_pct: float|None = _setting(None, 'Data', 'part of the images that becomes the test set; none: 0.2, or what the data say', _FRACTION, needs=_OWN)
+    test_pct: float|None = _setting(None, 'Data', 'part of the images that becomes the test set; none: 0.2, or what the data say', _FRACTION,
+        needs=_OWN)
     skip_corrupt: bool = _setting(False, 'Data', 'leave out images that cannot be read?', needs=_OWN)
     many: int = _setting(100, 'Data', 'a class with more training images is many-shot', _POSITIVE)
     few: int = _setting(20, 'Data', 'a class with fewer training images is few-shot', _POSITIVE)
-    num_workers: int|None = _setting(None, 'Data', 'processes that load images; none: by the kind of data', _NOT_NEGATIVE, needs=_CROPPED, decides=False, named=False)
+    num_workers: int|None = _setting(None, 'Data', 'processes that load images; none: by the kind of data', _NOT_NEGATIVE, needs=_CROPPED,
+        decides=False, named=False)
     backbone: object = _setting('clip_vit_b16', 'Backbone', 'a name, a timm or open_clip name, a file, or the network', _check_backbone)
     checkpoint: str|None = _setting(None, 'Backbone', "local file of the backbone's weights", named=False)
-    features: str|None = _setting(None, 'Backbone', 'folder of cached features of frozen backbones; none: computed each time', needs=_CROPPED, decides=False, named=False)
+    features: str|None = _setting(None, 'Backbone', 'folder of cached features of frozen backbones; none: computed each time', needs=_CROPPED,
+        decides=False, named=False)
     resolution: int|None = _setting(None, 'Backbone', "pixels of the images; none: the backbone's", _POSITIVE)
     mean: tuple|None = _setting(None, 'Backbone', "three means of the images in [0, 1]; none: the backbone's", _three('numbers'))
     std: tuple|None = _setting(None, 'Backbone', "three standard deviations; none: the backbone's", _three('positive numbers'))
@@ -146,18 +168,23 @@ class _Source:
 @dataclass(frozen=True)
 class _Network(_Source):
     "What is trained in the network"
-    method: object = _setting('lift+', 'Method', 'a name, or a dict of settings', choices=METHODS)
+    method: object = _setting('lift+', 'Method', 'a name, or a dict of settings', _check_method, METHODS)
     modules: object = _setting('none', 'Adapters and head', "adapters joined by '+', a dict with options, or 'none'")
     layers: object = _setting(None, 'Adapters and head', 'adapted blocks: none (all), a number (the last so many), or a list', needs=_ADAPTED)
-    dim: int|float|None = _setting(None, 'Adapters and head', "width of the adapters, or aft's ratio; none: from the number of classes", _POSITIVE, needs=_ADAPTED)
-    head: object = _setting('cosine', 'Adapters and head', f"{', '.join(HEADS)}; zero_shot; or without classifier {', '.join(TEXT_HEADS)}, joined by '+'", _check_head)
+    dim: int|float|None = _setting(None, 'Adapters and head', "width of the adapters, or aft's ratio; none: from the number of classes", _POSITIVE,
+        needs=_ADAPTED)
+    head: object = _setting('cosine', 'Adapters and head',
+        f"{', '.join(HEADS)}; zero_shot; or without classifier {', '.join(TEXT_HEADS)}, joined by '+'", _check_head)
     scale: float = _setting(25., 'Adapters and head', 'scale of the cosine head', _POSITIVE, needs=_COSINE)
-    init: object = _setting(None, 'Adapters and head', "start of the head ('none': random); none given: the backbone's", choices=INITS, needs=_CLASSIFIER)
-    template: object = _setting('a photo of a {}.', 'Adapters and head', 'prompt of the class names, a list of them, or a file of them', needs=_PROMPTED)
+    init: object = _setting(None, 'Adapters and head', "start of the head ('none': random); none given: the backbone's", _object_or_name('init',
+        'a name, a function or a matrix'), INITS, needs=_CLASSIFIER)
+    template: object = _setting('a photo of a {}.', 'Adapters and head', 'prompt of the class names, a list of them, or a file of them',
+        _check_template, needs=_PROMPTED)
     text_modules: object = _setting('none', 'Heads without classifier', 'adapters of the text tower', needs=_TEXT_HEAD)
     text_layers: object = _setting(None, 'Heads without classifier', 'adapted blocks of the text tower', needs=_TEXT_ADAPTED)
     text_dim: int|float|None = _setting(None, 'Heads without classifier', 'width of its adapters; none: 4, prompts 2', _POSITIVE, needs=_TEXT_ADAPTED)
-    ctx: str|None = _setting(None, 'Heads without classifier', 'place of CoOp\'s words: end, middle, front, photo, or a prompt with X for them', _check_ctx, needs=_COOP)
+    ctx: str|None = _setting(None, 'Heads without classifier', 'place of CoOp\'s words: end, middle, front, photo, or a prompt with X for them',
+        _check_ctx, needs=_COOP)
     ctx_len: int|None = _setting(None, 'Heads without classifier', "number of CoOp's words; none: 4", _POSITIVE, needs=_COOP)
     adapter_dim: int|None = _setting(None, 'Heads without classifier', 'width of CLIP-Adapter; none: 4', _POSITIVE, needs=_CLIP_ADAPTER)
 
@@ -165,23 +192,27 @@ class _Network(_Source):
 @dataclass(frozen=True, repr=False)
 class Recipe(_Network):
     "Everything that decides what a run computes"
-    loss: object = _setting('la', 'Training', 'loss', choices=LOSSES, needs=_TRAINS)
+    loss: object = _setting('la', 'Training', 'loss', _object_or_name('loss', 'a name or a loss'), LOSSES, needs=_TRAINS)
     tau: float = _setting(1., 'Training', 'strength of the logit adjustment', _NOT_NEGATIVE, needs=(_TRAINS, _LA))
-    mda: object = _setting('convex', 'Training', 'schedule of the minimalist crop; plain: no augmentation; False: classic crop and flip', _MDA, _CROPS, (_TRAINS, _CROPPED))
+    mda: object = _setting('convex', 'Training', 'schedule of the minimalist crop; plain: no augmentation; False: classic crop and flip', _MDA,
+        _CROPS, (_TRAINS, _CROPPED))
     epochs: int = _setting(5, 'Training', 'epochs', _NOT_NEGATIVE, needs=_TRAINS)
     lr: float = _setting(0.02, 'Training', 'learning rate of the first epoch; cosine, stepped per epoch', _POSITIVE, needs=_TRAINS)
     weight_decay: float = _setting(5e-4, 'Training', 'weight decay, coupled, on every trained tensor', _NOT_NEGATIVE, needs=_TRAINS)
     momentum: float = _setting(0.9, 'Training', 'momentum of SGD', _NOT_NEGATIVE, needs=_TRAINS)
     batch_size: int = _setting(128, 'Training', 'images in a step, over all processes', _POSITIVE, needs=_CROPPED)
-    accum_step: int|str = _setting(1, 'Training', 'gradient-accumulation steps of a batch; auto: as few as fit into the memory', _STEPS, needs=_TRAINS)
+    accum_step: int|str = _setting(1, 'Training', 'gradient-accumulation steps of a batch; auto: as few as fit into the memory', _STEPS,
+        needs=_TRAINS)
     nonfinite: str = _setting('stop', 'Training', 'at a NaN or infinite loss: stop, or skip that batch', choices=_NONFINITE, needs=_TRAINS)
     recompute: bool = _setting(False, 'Training', 'recompute blocks in the backward pass? Less memory, more time', named=False, needs=_TRAINS)
     expand: int|None = _setting(None, 'Test', 'margin of the test crop in pixels; none: a seventh of the resolution', _NOT_NEGATIVE, needs=_CROPPED)
     tte: bool = _setting(False, 'Test', 'test-time ensembling: five crops?')
-    tte_expand: int|None = _setting(None, 'Test', 'margin of the five crops in pixels; none: `expand` if that was given, else 24', _NOT_NEGATIVE, needs=_TTE)
+    tte_expand: int|None = _setting(None, 'Test', 'margin of the five crops in pixels; none: `expand` if that was given, else 24', _NOT_NEGATIVE,
+        needs=_TTE)
     test_precision: str|None = _setting(None, 'Test', 'precision of the network in the test; none: as in training', choices=_PRECISIONS)
     precision: str = _setting('fp32', 'Numbers', 'precision of the network in training', choices=_PRECISIONS)
-    frozen_precision: str = _setting('fp32', 'Numbers', 'precision in which frozen weights are stored; bf16 or fp16 halve the memory', choices=_PRECISIONS)
+    frozen_precision: str = _setting('fp32', 'Numbers', 'precision in which frozen weights are stored; bf16 or fp16 halve the memory',
+        choices=_PRECISIONS)
     seed: int = _setting(0, 'Numbers', 'seed of all random numbers', _SEED)
     deterministic: bool = _setting(True, 'Numbers', 'the same numbers every time on a GPU too, at some cost')
     device: object = _setting(None, 'Numbers', 'cpu, cuda, cuda:1 …; none: the GPU, if there is one', _DEVICE, decides=False, named=False)
@@ -222,7 +253,9 @@ def _option_names()->list:
 def _readers()->dict: # setting → (text → value)
     "Return how the words of a command line are read, for every setting"
     from lift_nb.original.options import _parse_value, _reader_of
-    names = {**{n: _reader_of(_kinds(n), n in ('modules', 'text_modules', 'init')) for n in _FIELDS}}
+    literals = ('modules', 'text_modules', 'layers', 'text_layers', 'template', 'class_names', 'mda') # may be a list or a dict
+    def kinds(n): return (str,) if object in _kinds(n) and n not in literals else _kinds(n)
+    names = {n: _reader_of(kinds(n), n in ('modules', 'text_modules', 'init')) for n in _FIELDS}
     return {**names, **{old: names[new] for old, new in _ALIASES.items()}}
 
 # %% ../../nbs/experiments/00_recipe.ipynb #3de13a0d
@@ -371,7 +404,8 @@ def run_name(**settings # as given to `resolve`
     "Return `data_backbone_method[_setting_value…]`, safe as a folder name, with a hash for what lies in one place or another"
     given, d = _known(settings), Recipe()
     given.setdefault('backbone', _backbone_for(given.get('data', d.data), given))
-    parts = [_data_word(given.get(k, getattr(d, k))) if k != 'method' else _value_word(given.get(k, d.method)) for k in ('data', 'backbone', 'method')]
+    parts = [_data_word(given.get(k, getattr(d, k))) if k != 'method' else _value_word(given.get(k, d.method)) for k in ('data', 'backbone',
+        'method')]
     parts += [f'{k}_{_value_word(given[k])}' for k in _option_names() if k in given and k not in ('data', 'backbone', 'method')
         and _FIELDS[k].metadata['named'] and not _same_value(given[k], getattr(d, k))]
     if places := _places(given): parts.append(sha256(repr(places).encode(errors='replace')).hexdigest()[:8])

@@ -169,7 +169,8 @@ def _set_precision(model:LiftModel, # trained
 def _result_record(learn, r, s, phases)->dict: # what goes into result.json
     "Recipe, circumstances and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
-    return dict(recipe=r.settings(), seed=r.seed, versions=_package_versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(), **scores,
+    return dict(recipe=r.settings(), seed=r.seed, versions=_package_versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(),
+        **scores,
         seconds=phases.seconds, trained_parameters=n_trainable(learn.model), weights=learn.backbone.weights,
         device=str(learn.dls.device), processes=_world_size(), peak_memory=_peak_memory(learn.dls.device))
 

@@ -106,7 +106,8 @@ def table_runs(name:str, # of `TABLES`
     **common, # options for all rows
 )->list: # of (name, options)
     "The runs of a table"
-    if type(seeds) is not int or not 1 <= seeds <= _LARGEST: raise LiftError(f'The number of seeds must be a positive integer up to {_LARGEST}, not {seeds!r:.80}')
+    if type(seeds) is not int or not 1 <= seeds <= _LARGEST: raise LiftError(
+        f'The number of seeds must be a positive integer up to {_LARGEST}, not {seeds!r:.80}')
     return _runs_of(_lookup(TABLES, name, 'table'), range(seeds), **common)
 
 def _values(text:str, # as typed
@@ -137,7 +138,8 @@ def _run_one(name:str, options:dict, folder, # as in `run_all`
     place = _run_folder(options, folder)
     options = dict(features=str(Path(folder)/'features')) | options
     try: r = run(place, validate=False, resume=True, echo=echo or (lambda line: None), **options)
-    except (LiftError, OSError, RuntimeError) as e: return _first_problem(name, options.get('seed'), place, e) # such as a full disk, or no memory on the GPU
+    except (LiftError, OSError, RuntimeError) as e: return _first_problem(name, options.get('seed'), place,
+        e) # such as a full disk, or no memory on the GPU
     return dict(name=name, seed=r['seed'], hash=_recipe_hash(r['recipe']), **{c: r[c] for c in _COLUMNS}, trained_parameters=r['trained_parameters'],
         seconds=r['seconds'].get('train', 0.), data=r['recipe']['data'], backbone=r['recipe']['backbone'], weights=r['weights'], device=r['device'],
         torch=r['versions']['torch'], folder=str(place))

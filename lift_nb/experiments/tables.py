@@ -124,5 +124,6 @@ def _protocol_text(tidy:pd.DataFrame, folder=None)->str:
     devices, torch = (', '.join(map(str, done[c].unique())) for c in ('device', 'torch'))
     known = any(_predictions_of(g, folder) is not None for _, g in done.groupby('name'))
     return ("Accuracy in percent on the test set of each data set, after the last epoch; groups by the data set's own training counts "
-            f'(many > 100, few < 20); mean ± standard deviation over {done.seed.nunique()} seeds; ' + known*('in brackets the 95 % bootstrap interval '
+            f'(many > 100, few < 20); mean ± standard deviation over {done.seed.nunique()} seeds; '
+                + known*('in brackets the 95 % bootstrap interval '
             'of that mean over test images, drawn again within each class, for the networks as they were trained; ') + f'{devices}, torch {torch}.')

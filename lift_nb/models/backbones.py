@@ -265,14 +265,16 @@ def _clip_backbone(sd:dict, # CLIP's state dict, both towers, OpenAI's naming
     return Backbone(name, image_proj=proj, model=model, **{**facts, **kwargs})
 
 # %% ../../nbs/models/02_backbones.ipynb #ab83e2f5
-_tiny_clip_file = Path(__file__).parent.parent/'weights'/'tiny_clip.safetensors' if '__file__' in globals() else Path('../../lift_nb/weights/tiny_clip.safetensors')
+_tiny_clip_file = Path(__file__).parent.parent/'weights'/'tiny_clip.safetensors' if '__file__' in globals() else \
+    Path('../../lift_nb/weights/tiny_clip.safetensors')
 
 def tiny_clip(checkpoint=None, # local file instead of the embedded weights
     pretrained:bool=True, # False: a random image tower
     resolution:int|None=None, # pixels, when not 32
 )->Backbone:
     "The small CLIP of this package, trained on rendered characters"
-    b = _clip_backbone(_read_weights(checkpoint or _tiny_clip_file), 'tiny_clip', resolution=resolution, text_heads=1, weights=str(checkpoint or 'embedded'))
+    b = _clip_backbone(_read_weights(checkpoint or _tiny_clip_file), 'tiny_clip', resolution=resolution, text_heads=1, weights=str(checkpoint
+        or 'embedded'))
     if not pretrained: b.model.init_weights(); b.weights = 'random'
     return b
 
@@ -315,7 +317,8 @@ def _timm_model(name:str, # for messages
     if not row.text: kwargs['num_classes'] = 0
     if sd: kwargs['pretrained_cfg_overlay'] = dict(state_dict=sd)
     try:
-        with _quiet_hub() if pretrained and not sd else nullcontext(): model = timm.create_model(row.timm, pretrained=pretrained or bool(sd), **kwargs)
+        with _quiet_hub() if pretrained and not sd else nullcontext(): model = timm.create_model(row.timm, pretrained=pretrained or bool(sd),
+            **kwargs)
     except (RuntimeError, KeyError, AttributeError) as e:
         if not sd: raise _unreachable(name, f'timm {row.timm}', e) from None
         raise LiftError(f"The checkpoint does not fit '{name}' (timm {row.timm}): {' '.join(str(e).split())[:300]}") from None
@@ -352,7 +355,8 @@ def _open_clip_backbone(name:str, # 'model/tag'
     if 'layers' not in cfg['vision_cfg'] or isinstance(cfg['vision_cfg']['layers'], list) or 'hf_model_name' in cfg['text_cfg']:
         raise LiftError(f"'{arch}' is not a CLIP of two plain transformers; give the image tower by its timm name instead")
     try:
-        with _quiet_hub(): model, _, tfm = open_clip.create_model_and_transforms(arch, pretrained=source if pretrained else None, force_image_size=resolution)
+        with _quiet_hub(): model, _, tfm = open_clip.create_model_and_transforms(arch, pretrained=source if pretrained else None,
+            force_image_size=resolution)
     except Exception as e: raise _unreachable(name, f'open_clip {arch}, {source}', e) from None
     norm = tfm.transforms[-1]
     return _clip_backbone(model.state_dict(), name, heads=model.visual.transformer.resblocks[0].attn.num_heads, weights=source or 'random',

@@ -42,7 +42,8 @@ def _remaining_adapters(tower:nn.Module)->list: # class names
 def merge(tower:nn.Module, # adapted, trained; changed in place
 )->nn.Module: # the plain network
     "Fold all modules into the tower; raises `LiftError` that names those that cannot be folded, and changes nothing then"
-    if stay := _remaining_adapters(tower): raise LiftError(f'{stay} cannot be folded into the network: only LoRA, SSF and arbitrary fine-tuning of linear layers can')
+    if stay := _remaining_adapters(tower): raise LiftError(
+        f'{stay} cannot be folded into the network: only LoRA, SSF and arbitrary fine-tuning of linear layers can')
     for parent in list(tower.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, _Wrapper) and not isinstance(parent, _Wrapper): setattr(parent, name, _merged_module(child))
