@@ -263,7 +263,7 @@ def blocks_by_hand(x, tower, old, mix, heads, eps, act, causal, drop):
         h = linear('fc2', act(linear('fc1', normed('norm2', x))))
         if m := of('Adapter', 'fc2'): h = h + bottleneck(m, h)
         side = m.scale*bottleneck(m, x) if (m := of('AdaptFormer')) else 0
-        x = x + scaled('ls2', h) + side
+        x = x + scaled('ls2', h + side)
     return torch.cat([x[:, :1], x[:, 1+left:]], 1) if drop else x
 
 def gelu(x): return x*.5*(1 + torch.erf(x/math.sqrt(2)))

@@ -23,7 +23,10 @@ from torch import nn, Tensor
 from timm.data import resolve_model_data_config
 from timm.layers import Attention, AttentionPool2d, LayerNorm, QuickGELU, get_act_layer, resample_abs_pos_embed
 from timm.models import byobnet, load_state_dict, vision_transformer
+from timm.models.beit import Block as BeitBlock
 from timm.models.byobnet import BottleneckBlock, ByobNet, ByoBlockCfg, ByoModelCfg
+from timm.models.cait import LayerScaleBlock
+from timm.models.eva import EvaBlock
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import Block, VisionTransformer
 
@@ -54,7 +57,8 @@ class Backbone:
     def n_features(self): return _n_features(self.model)
 
 # %% ../../nbs/models/02_backbones.ipynb #78f44734
-_SLOTS = {Block: dict(qkv='attn.qkv', proj='attn.proj', fc1='mlp.fc1', fc2='mlp.fc2', mlp_branch=('norm2', 'mlp', 'ls2', 'drop_path2')),
+_MLP_SLOTS = dict(proj='attn.proj', fc1='mlp.fc1', fc2='mlp.fc2', mlp_branch=('norm2', 'mlp')) # what comes after is in the block: LayerScale
+_SLOTS = {Block: dict(_MLP_SLOTS, qkv='attn.qkv'), LayerScaleBlock: _MLP_SLOTS, BeitBlock: _MLP_SLOTS, EvaBlock: _MLP_SLOTS,
          BasicBlock: {}, Bottleneck: {}, BottleneckBlock: {}}
 
 def _lookup_class(table:dict, # class → what is known about it

@@ -54,13 +54,19 @@ def _replace_module(block:nn.Module, # a block
     setattr(parent, name, f(getattr(parent, name)))
 
 def _adaptformer(block, r):
-    "AdaptFormer of width `r` beside the MLP"
+    "AdaptFormer of width `r` beside the MLP, inside the block's LayerScale where it has one"
     branch = _fold_branch(block, _slot(block, 'mlp_branch', 'adaptformer'))
     block.mlp = Parallel(branch, AdaptFormer(branch.norm2.normalized_shape[0], r))
 
 def _adapter(block, r):
     "Adapter of width `r` after the MLP"
     _replace_module(block, _slot(block, 'fc2', 'adapter'), lambda fc2: Residual(fc2, Adapter(_core(fc2).out_features, r)))
+
+def _scaled_adaptformers(model:nn.Module)->list: # names of blocks
+    "Find the blocks whose AdaptFormer is inside a LayerScale"
+    return [n for n, b in model.named_modules() if isinstance(getattr(b, 'mlp', None), Parallel) and isinstance(b.mlp.side, AdaptFormer)
+            and (isinstance(getattr(b, 'ls2', None), LayerScale) or getattr(b, 'gamma_2', None) is not None)]
+
 
 # %% ../../nbs/models/04_surgery.ipynb #2a2a3c01
 def _lora(block, r):

@@ -17,7 +17,7 @@ from ..core.errors import LiftError
 from ..models.backbones import _FEATURE_SLOT, Backbone, blocks, create_backbone, _lookup_class
 from ..models.text import TEMPLATE, text_tower
 from ..models.adapters import MaskedLinear, Serial
-from ..models.surgery import _differences, n_trainable
+from ..models.surgery import _differences, _scaled_adaptformers, n_trainable
 from ..models.text_heads import TextHead, _context_places
 from ..models.model import LiftModel, assemble
 
@@ -66,7 +66,9 @@ def _tower_names(tower:nn.Module, # image or text tower
     return found
 
 def _original_names(model:LiftModel)->dict: # the original's name → tensor
-    "Every tensor that a checkpoint of this model could hold"
+    "Every tensor that a checkpoint of this model could hold; raises `LiftError` for what the original computes in another way"
+    if inside := _scaled_adaptformers(model):
+        raise LiftError(f'The original program knows no LayerScale, so its AdaptFormer would compute something else in {inside[0]}; use save_lift and load_lift')
     towers = _tower_names(model.backbone, 'image_encoder')
     if not isinstance(model.head, TextHead): return {**{f'classifier.{n}': p for n, p in model.head.named_parameters()}, **towers}
     ends = {re.sub(f'^{re.escape(ours)}', theirs, n): p for n, p in model.head.named_parameters() for ours, theirs in _HEAD_NAMES if n.startswith(ours)}
