@@ -30,7 +30,6 @@ from .models.backbones import _check_backbone, create_backbone, _is_weights_file
 from .models.text import _is_template_file, _read_templates
 from .models.adapters import MaskedLinear
 from .models.surgery import _differences, load_trainable
-from .models.features import _add_tensors
 from .models.text_heads import TextHead, ZeroShotHead
 from .experiments.recipe import METHODS, Method, _check_modules, _check_value
 from .models.model import LiftModel
@@ -87,7 +86,9 @@ def _frozen_digest(model:LiftModel, # with its modules
 )->str: # hexadecimal digits
     "Checksum of the weights and statistics that are not in the file"
     h, own = hashlib.blake2b(digest_size=16), {*tuned, *_saved_buffers(model)}
-    _add_tensors(h, {n: t for n, t in model.state_dict().items() if n not in own})
+    for name, t in sorted((n, t) for n, t in model.state_dict().items() if n not in own):
+        h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
+        if t.numel(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 def _description(learn:Learner, # of `lift_plus_learner`
