@@ -1,8 +1,9 @@
 "A training that is killed, on a disk that is full, with files that are damaged: it ends with the same weights, or says why not"
 import json, os, signal, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -13,6 +14,7 @@ from lift_nb.experiments.run import run
 from lift_nb.core.files import _read_tensors
 from lift_nb.learner import lift_plus_learner
 from lift_nb.training.checkpoints import _newest_checkpoint, _list_checkpoints, _write_checkpoint
+from lift_nb.models.backbones import create_backbone
 from lift_nb.models.surgery import trainable_state
 
 def same(a, b):
@@ -90,6 +92,29 @@ def test_another_training(tmp_path):
     with pytest.raises(LiftError, match='give one of them'): run(tmp_path/'run', resume=True, test_only=True, **small)
     assert run(tmp_path/'run', resume=True, num_workers=1, device='cpu', **small)['recipe']['epochs'] == 2
 
+def started(seed=0, change=lambda data: data, **options):
+    "A learner of `lift_plus_learner` on a few digits"
+    set_seed(seed)
+    options = dict(dict(batch_size=16, expand=0, epochs=2), **options)
+    return lift_plus_learner(change(digits_lt(n_max=40, n_test=1)), options.pop('backbone', 'tiny_clip'), **options)
+
+def test_fit_lift_refuses_another_training(tmp_path, capsys):
+    "Whatever else decides the weights: the sentence names what differs"
+    def fit(learn):
+        with learn.no_bar(), learn.no_logging(): learn.fit_lift(resume=tmp_path)
+    fit(started())
+    other = create_backbone('tiny_clip')
+    next(other.model.parameters()).data += 1
+    def relabelled(d): return replace(d, train_labels=np.where(np.arange(len(d.train_labels)) == 0, 1, d.train_labels))
+    cases = {'seed': dict(seed=1), 'tau is 1.0 there and 2.0 here': dict(tau=2.), 'wd is': dict(wd=.1), 'optimizer': dict(mom=.8), 'scale': dict(scale=20.),
+        'template': dict(template='a drawing of a {}.'), 'training images': dict(change=lambda d: replace(d, train_images=d.train_images[::-1].copy())),
+        'training labels': dict(change=relabelled), 'class names': dict(change=lambda d: replace(d, classes=d.classes[::-1])),
+        'frozen weights': dict(backbone=other), 'loss is': dict(loss='ce'), 'mda': dict(mda='linear')}
+    for word, options in cases.items():
+        with pytest.raises(LiftError, match=f'belong to another training: .*{word}'): fit(started(**options))
+    fit(started(num_workers=1))
+    assert 'All 2 epochs are trained already' in capsys.readouterr().out
+
 # A full disk
 
 @pytest.fixture
@@ -117,28 +142,30 @@ def trained(epochs, **kwargs):
 def test_full_disk(small_disk, capsys):
     "Training goes on without saving and says so; what was saved before the disk was full is whole, and can be gone on from"
     whole = trained(3)
-    full = trained(3, resume=small_disk/'points', cbs=[Fill(small_disk)])
+    full = trained(3, resume=small_disk/'checkpoints', cbs=[Fill(small_disk)])
     out = capsys.readouterr().out
     assert out.count('Could not save') == 2 and 'No space left on device' in out, out
     assert same(trainable_state(full.model), trainable_state(whole.model))
-    assert [p.name for p in _list_checkpoints(small_disk/'points')] == ['point-00001-00000000.safetensors'] and not list(small_disk.glob('points/*.part'))
+    assert [p.name for p in _list_checkpoints(small_disk/'checkpoints')] == ['checkpoint-00001-00000000.safetensors'] and not list(small_disk.glob('checkpoints/*.part'))
     (small_disk/'ballast').unlink()
-    assert same(trainable_state(trained(3, resume=small_disk/'points').model), trainable_state(whole.model))
+    assert same(trainable_state(trained(3, resume=small_disk/'checkpoints').model), trainable_state(whole.model))
     assert 'Going on in epoch 2 of 3' in capsys.readouterr().out
 
 # Damaged files
 
+SAME = dict(settings=dict(epochs=5), fingerprint={})
+
 @given(st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_save_points(tmp_path, data):
-    "A save point that was cut short or changed in any bit is recognised, and the one before it is used"
+def test_damaged_checkpoints(tmp_path, data):
+    "A checkpoint that was cut short or changed in any bit is recognised, and the one before it is used"
     for f in _list_checkpoints(tmp_path): f.unlink()
-    for epoch in 1, 2: _write_checkpoint(tmp_path, epoch, 0, dict(w=torch.arange(40.)*epoch), dict(epochs=5))
+    for epoch in 1, 2: _write_checkpoint(tmp_path, epoch, 0, dict(w=torch.arange(40.)*epoch), SAME)
     path, said = _list_checkpoints(tmp_path)[0], []
     content = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(content)-1))
     if data.draw(st.booleans()): content = content[:at]
     else: content[at] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
-    found = _newest_checkpoint(tmp_path, dict(epochs=5), said.append)
+    found = _newest_checkpoint(tmp_path, SAME, said.append)
     assert found['position'] == (1, 0) and torch.equal(found['w'], torch.arange(40.)) and 'damaged' in said[0]

@@ -5,79 +5,59 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/02_locks.ipynb #19efa9f9
-import json, os, socket, time
+# %% ../../nbs/core/02_locks.ipynb #fe1434fd
+import os, re, socket, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import LiftError
 
-# %% ../../nbs/core/02_locks.ipynb #d64cfea5
-_LOCK, _held = 'run.lock', set()
-
-def _owner_alive(pid:int, # number of a process of this machine
-)->bool:
-    "Is this process running? Assumed where it cannot be asked"
-    if os.name != 'posix': return True
-    try: os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError): return False
-    except PermissionError: pass
-    return True
+# %% ../../nbs/core/02_locks.ipynb #f80d9e6b
+_LOCK = 'run.lock'
 
 def _lock_owner(lock:Path, # of a folder
-)->dict|None: # pid, host, since; None when the file does not say it
-    "Whose lock it is"
-    try: found = json.loads(lock.read_text(encoding='utf-8'))
-    except (OSError, ValueError): return None
-    good = isinstance(found, dict) and type(found.get('pid')) is int and found['pid'] > 0 and {'host', 'since'} <= {*found}
-    return found if good else None
+)->str: # 'process 12 on host since …', '' when the file does not say it
+    "Return who holds a lock, or held it last"
+    try: text = lock.read_text(encoding='utf-8', errors='replace')
+    except OSError: return ''
+    return text if re.fullmatch(r'process \d+ on [\w.-]{1,255} since [\d: -]+', text) else ''
 
-def _is_stale(lock:Path)->bool:
-    "Is it the lock of a process of this machine that is no more?"
-    if not (h := _lock_owner(lock)) or h['host'] != socket.gethostname(): return False
-    return str(lock.absolute()) not in _held if h['pid'] == os.getpid() else not _owner_alive(h['pid'])
-
-def _refuse(lock:Path):
-    "Raise the `LiftError` for a folder that somebody else holds"
-    h, end = _lock_owner(lock), f"wait for it, name another output_dir, or delete '{lock}' if that run is dead"
-    who = f"process {h['pid']} on {h['host']} since {h['since']}" if h else 'another run'
-    raise LiftError(f"The folder '{lock.parent}' is being written by {who}; {end}")
-
-# %% ../../nbs/core/02_locks.ipynb #d150be35
-def _take_lock(lock:Path, # to create
-    say, # where to tell that a dead run's lock was removed
+def _tidy(lock:Path, # held by this process
+    say, # where to tell what was found
 ):
-    "Create the lock; raises `LiftError` when somebody else holds it"
-    if _is_stale(lock):
-        say(f"Removed the lock of process {_lock_owner(lock)['pid']}, which is gone, from '{lock.parent}'")
-        lock.unlink(missing_ok=True)
-    about = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
-    try: file = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError: _refuse(lock)
-    _held.add(str(lock.absolute()))
-    with os.fdopen(file, 'w', encoding='utf-8') as f: json.dump(about, f)
+    "Write who holds the lock, and remove what a dead run has left half-written"
+    if owner := _lock_owner(lock): say(f"Took over the lock of {owner.split(' on ')[0]}, which is gone, in '{lock.parent}'")
+    for part in lock.parent.glob('*.part'): part.unlink(missing_ok=True)
+    lock.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}", encoding='utf-8')
 
-def _release_lock(lock:Path, # of this process
+def _release(held:FileLock,
     new:bool, # was the folder made for it?
 ):
     "Remove the lock, and a new folder in which nothing came to lie"
-    _held.discard(str(lock.absolute()))
-    lock.unlink(missing_ok=True)
+    if not held.is_locked: return
+    lock = Path(held.lock_file)
+    with suppress(OSError): lock.unlink()
+    held.release()
     with suppress(OSError): new and lock.parent.rmdir()
 
 @contextmanager
 def _locked(folder, # where a run is to leave its files
     say=print, # where to tell what was found there
 ): # yields the folder as a `Path`
-    "The folder of a run, made if need be and held by this process alone; raises `LiftError` when that cannot be"
+    "Hold the folder of a run, made if need be, for this process alone; raise `LiftError` when that cannot be"
     lock, new = Path(folder)/_LOCK, not os.path.exists(folder)
     if not new and not os.path.isdir(folder): raise LiftError(f"'{folder}' is a file; name a folder for the output")
+    held = FileLock(lock, timeout=0, thread_local=False)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        _take_lock(lock, say)
-    except LiftError: raise
+        held.acquire()
+        _tidy(lock, say)
+    except Timeout:
+        raise LiftError(f"The folder '{folder}' is being written by {_lock_owner(lock) or 'another run'}; wait for it, or name another output_dir") from None
     except (OSError, ValueError) as e: # no permission, a full disk, a name that cannot be
-        if str(lock.absolute()) in _held: _release_lock(lock, new)
+        _release(held, new)
         raise LiftError(f"Cannot write to the output folder '{folder}': {getattr(e, 'strerror', None) or e}") from None
     try: yield lock.parent
-    finally: _release_lock(lock, new)
+    finally: _release(held, new)

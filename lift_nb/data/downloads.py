@@ -6,16 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/data/03_downloads.ipynb #b4586845
-import errno, hashlib, os, sys, time
+import errno, hashlib, os, socket, sys, time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from filelock import FileLock
+from torch.hub import download_url_to_file
 
 from ..core.errors import LiftError
+from ..core.files import _atomic_write
 
 # %% ../../nbs/data/03_downloads.ipynb #6d2adccc
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class _PinnedFile:
 
 def _sha256(path:Path)->str: # hexadecimal digits
     "SHA-256 of a file"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/data/03_downloads.ipynb #c32d7db5
 def _cache_dir()->Path:
@@ -39,52 +41,33 @@ def _cache_dir()->Path:
     usual = {'darwin': '~/Library/Caches', 'win32': os.environ.get('LOCALAPPDATA', '~')}.get(sys.platform, '~/.cache')
     return Path(os.environ.get('XDG_CACHE_HOME') or usual).expanduser()/'lift_nb'
 
-# %% ../../nbs/data/03_downloads.ipynb #22a66969
-def _request(url:str, # address
-    start:int, # first byte wanted
-    timeout:float, # seconds without a byte
-):
-    "An open answer of the server"
-    headers = {'User-Agent': 'lift_nb', **({'Range': f'bytes={start}-'} if start else {})}
-    return urlopen(Request(url, headers=headers), timeout=timeout)
+# %% ../../nbs/data/03_downloads.ipynb #390fc31f
+@contextmanager
+def _socket_timeout(seconds:float): # without a byte
+    "Let connections that are opened inside give up after so long a silence"
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try: yield
+    finally: socket.setdefaulttimeout(before)
 
-def _receive(pin:_PinnedFile, # what is wanted
-    part:Path, # what has arrived; continued
-    timeout:float, # seconds without a byte
-):
-    "Continue `part` until the server ends, the connection breaks, or there is more than there should be"
-    start = part.stat().st_size if part.exists() else 0
-    with _request(pin.url, start, timeout) as answer:
-        resumed = (answer.headers.get('Content-Range') or '').startswith(f'bytes {start}-')
-        with part.open('ab' if resumed else 'wb') as f:
-            while f.tell() <= pin.size and (piece := answer.read(1 << 16)): f.write(piece)
-            if f.tell() < pin.size and answer.length: raise ConnectionError(f'the connection broke after {f.tell():,} of {pin.size:,} bytes')
-
-# %% ../../nbs/data/03_downloads.ipynb #de10953e
 def _is_final(e:Exception)->bool:
     "Is it pointless to try again? A refusal of the server is, and whatever the disk says"
-    if isinstance(e, HTTPError): return 400 <= e.code < 500 and e.code not in (408, 416, 429)
+    if isinstance(e, HTTPError): return 400 <= e.code < 500 and e.code not in (408, 429)
     return getattr(e, 'errno', None) in _DISK_ERRORS
 
 def _download(pin:_PinnedFile, # what is wanted
-    part:Path, # where it arrives
+    path:Path, # where it is to lie
     timeout:float, # seconds without a byte
     tries:int, # attempts
     pause:float, # seconds before the second attempt, twice as many before the third
 ):
-    "Fill `part` with the pinned file; raises the last error of the network or the disk"
+    "Fetch a file; raises the last error of the network, the disk or (`RuntimeError`) the checksum"
     for i in range(tries):
         time.sleep(pause*i)
-        try: _receive(pin, part, timeout)
-        except (OSError, HTTPException) as e:
+        try:
+            with _socket_timeout(timeout), _atomic_write(path) as part: return download_url_to_file(pin.url, str(part), pin.sha256, progress=False)
+        except (OSError, HTTPException, RuntimeError) as e:
             if _is_final(e) or i == tries-1: raise
-            if getattr(e, 'code', None) == 416: part.unlink(missing_ok=True) # the server has nothing after it
-            continue
-        if pin.fits(part): return
-        got = part.stat().st_size, _sha256(part)
-        part.unlink()
-    raise LiftError(f"'{pin.url}' is not the file that it should be: {got[0]:,} bytes instead of {pin.size:,}, "
-                    f"SHA-256 {got[1][:12]}… instead of {pin.sha256[:12]}…")
 
 # %% ../../nbs/data/03_downloads.ipynb #9b3901f9
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -101,6 +84,7 @@ def _error_sentence(e:Exception, # error of the network or the disk
     if code in _FULL: return f"The disk of '{path.parent}' is full, {path.name} needs {pin.size/1e6:.1f} MB; make room or {other}"
     if code in _FORBIDDEN: return f"No permission to write to '{path.parent}'; {other}"
     if code in _BLOCKED: return f"'{next((p for p in path.parents if p.is_file()), path)}' is in the way of '{path}'; {other}"
+    if isinstance(e, RuntimeError): return f"'{pin.url}' is not the file that it should be, or came incomplete: its SHA-256 is not {pin.sha256[:12]}…"
     said = f'the server answered {e.code} {e.reason}' if isinstance(e, HTTPError) else str(getattr(e, 'reason', e)) or type(e).__name__
     return f"Could not fetch '{pin.url}': {said}; put a copy of the file at '{path}'"
 
@@ -113,15 +97,10 @@ def _fetch(pin:_PinnedFile, # what is wanted
 )->Path: # `path`
     "Make the pinned file lie at `path`; raises `LiftError` when that is impossible"
     path = Path(path)
-    part = path.with_name(path.name + '.part')
     try:
         if pin.fits(path): return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f'{path}.lock'):
-            if pin.fits(path): return path # another process was faster
-            if not pin.fits(part): _download(pin, part, timeout, tries, pause)
-            os.replace(part, path)
-    except (OSError, HTTPException) as e:
-        if getattr(e, 'errno', None) in _FULL: part.unlink(missing_ok=True)
-        raise LiftError(_error_sentence(e, pin, path)) from None
+            if not pin.fits(path): _download(pin, path, timeout, tries, pause) # unless another process was faster
+    except (OSError, HTTPException, RuntimeError) as e: raise LiftError(_error_sentence(e, pin, path)) from None
     return path
