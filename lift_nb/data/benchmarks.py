@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR100
 from ..core.errors import LiftError, _lookup
 from .dataset import LongTailData, digits_lt, from_arrays, long_tail_counts, long_tail_subset, shot_groups
 from .downloads import _PinnedFile, _cache_dir, _fetch
+from .folders import from_folder
 from .tables import _from_path, from_table
 from .lists import _as_text, _find_images, _open_text, _read_list, _usable_root
 
@@ -182,12 +183,12 @@ def benchmark(row, # a name of `BENCHMARKS`, or a `Benchmark`
 def from_lists(root, # folder of the images
     train, # file with one `path label` a line
     test, # the same
-    classes, # C class names, or a file with a name a line
+    class_names, # C class names, or a file with a name a line
     name:str='lists', # for reports and folders
     sample:int=200, # images of each list that are looked for; 0: none
 )->LongTailData:
     "A data set from two split lists"
-    names = _read_names(classes) if isinstance(classes, (str, os.PathLike)) else list(classes)
+    names = _read_names(class_names) if isinstance(class_names, (str, os.PathLike)) else list(class_names)
     parts = [_read_list(f, len(names)) for f in (train, test)]
     return LongTailData(name, names, *(x for p, y in parts for x in (_find_images(root, p, sample=sample), y)))
 
@@ -206,22 +207,30 @@ def cifar100(root='data', # folder that holds or receives torchvision's download
 )->LongTailData:
     "CIFAR-100, or its long-tailed version with this imbalance ratio (Cao et al., 2019)"
     train, test = _cifar100_parts(root or 'data')
-    classes = [c.replace('_', ' ') for c in train.classes]
-    return cifar100_lt(train.data, train.targets, test.data, test.targets, classes, ratio, seed)
+    class_names = [c.replace('_', ' ') for c in train.classes]
+    return cifar100_lt(train.data, train.targets, test.data, test.targets, class_names, ratio, seed)
 
-def cifar100_lt(train_images, train_labels, test_images, test_labels, classes, # as in `from_arrays`
+def cifar100_lt(train_images, train_labels, test_images, test_labels, class_names, # as in `from_arrays`
     ratio:float=100, # imbalance ratio
     seed:int=0, # of the drawing
 )->LongTailData:
     "The long-tailed version of CIFAR-100 from arrays that are at hand"
     keep = long_tail_subset(train_labels, long_tail_counts(500, 100, 1/ratio), seed) if ratio > 1 else slice(None)
     name = 'cifar100' + (f'_ir{ratio}' if ratio > 1 else '')
-    return from_arrays(train_images[keep], np.asarray(train_labels)[keep], test_images, test_labels, classes, name)
+    return from_arrays(train_images[keep], np.asarray(train_labels)[keep], test_images, test_labels, class_names, name)
 
 # %% ../../nbs/data/06_benchmarks.ipynb #8ef13e87
 DATASETS = dict(digits_lt=digits_lt, cifar100=cifar100, cifar100_ir10=partial(cifar100, ratio=10),
     cifar100_ir50=partial(cifar100, ratio=50), cifar100_ir100=partial(cifar100, ratio=100),
     **{name: partial(benchmark, name) for name in BENCHMARKS})
+
+def _known_options(f, # that reads the data
+    options:dict, # of the user
+)->dict:
+    "The options as they are; raises `LiftError` for those that this kind of data does not have"
+    known = [k for k in signature(f).parameters if k not in ('path', 'table', 'root', 'kwargs', 'classes')]
+    if unknown := sorted(set(options) - {*known, 'classes'}): raise LiftError(f'{f.__name__} has no option {unknown}; it has {known}')
+    return options
 
 def load_data(data, # a name of `DATASETS`, a folder, a table (file or `DataFrame`), or a `LongTailData`
     root=None, # where a named data set lies or is downloaded to, or the images of a table
@@ -231,9 +240,11 @@ def load_data(data, # a name of `DATASETS`, a folder, a table (file or `DataFram
     if isinstance(data, LongTailData):
         if options: raise LiftError(f'{sorted(options)} belong to data that is still to be read, not to a ready data set')
         return data
-    if isinstance(data, pd.DataFrame): return from_table(data, root=root, **options)
+    if isinstance(data, pd.DataFrame): return from_table(data, root=root, **_known_options(from_table, options))
+    if not isinstance(data, (str, os.PathLike)):
+        raise LiftError(f'Data is a name, a folder, a table or a LongTailData, not {type(data).__name__}')
     if str(data) not in DATASETS and os.path.exists(path := Path(os.path.expanduser(data))):
-        return _from_path(path, **options, **({} if path.is_dir() or root is None else dict(root=root)))
+        return _from_path(path, **_known_options(from_folder if path.is_dir() else from_table, options), **({} if path.is_dir() or root is None else dict(root=root)))
     make = _lookup(DATASETS, str(data), 'data set (or folder)')
     unknown = set(options) - set(signature(make).parameters)
     if unknown: raise LiftError(f"The data set '{data}' has no option {sorted(unknown)}; it has {list(signature(make).parameters)}")

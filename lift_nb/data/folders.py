@@ -400,7 +400,7 @@ def from_folder(path, # `train/` and `test/` with class folders, or the class fo
     test, rest = _class_folders(test_dir) if test_dir else (None, [])
     groups = _folder_groups([train, test], group_by, [*train_dirs, *filter(None, [test_dir])]) if group_by else None
     notes = [*notes, *dict.fromkeys(n for _, more in read for n in more), *rest]
-    return _assemble_data(train, test, name or path.resolve().name, path if test_dir else train_dirs[0], notes, groups, **kwargs)
+    return _assemble_data(train, test, name or path.resolve().name, path, notes, groups, **kwargs)
 
 # %% ../../nbs/data/04_folders.ipynb #a590cc63
 def _pick(images, # array or list
