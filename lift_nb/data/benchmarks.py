@@ -244,7 +244,8 @@ def load_data(data, # a name of `DATASETS`, a folder, a table (file or `DataFram
     if not isinstance(data, (str, os.PathLike)):
         raise LiftError(f'Data is a name, a folder, a table or a LongTailData, not {type(data).__name__}')
     if str(data) not in DATASETS and os.path.exists(path := Path(os.path.expanduser(data))):
-        return _from_path(path, **_known_options(from_folder if path.is_dir() else from_table, options), **({} if path.is_dir() or root is None else dict(root=root)))
+        if path.is_dir(): return from_folder(path, **_known_options(from_folder, options))
+        return _from_path(path, **_known_options(from_table, options), **({} if root is None else dict(root=root)))
     make = _lookup(DATASETS, str(data), 'data set (or folder)')
     unknown = set(options) - set(signature(make).parameters)
     if unknown: raise LiftError(f"The data set '{data}' has no option {sorted(unknown)}; it has {list(signature(make).parameters)}")

@@ -333,7 +333,8 @@ def _folds_of(path:Path, dirs, # folders called fold_0, fold_1, …
     dirs = {n: d for d in dirs for n in re.findall(r'\d+', d.name)[-1:]}
     by_number = {int(n): d for n, d in dirs.items()}
     if fold not in by_number:
-        raise LiftError(f"The folders in '{_printable(path)}' are the folds {_examples(sorted(by_number), 20)} of a cross-validation: name the one to be tested with fold")
+        raise LiftError(f"The folders in '{_printable(path)}' are the folds {_examples(sorted(by_number), 20)} "
+            'of a cross-validation: name the one to be tested with fold')
     test = by_number.pop(fold)
     return list(by_number.values()), test, _notes_about(f"Test images from '{test.name}', training images from", sorted(d.name for d in by_number.values()))
 
@@ -359,11 +360,13 @@ def _split_folders(path:Path, # of the user
     if not trains and named and not others and set(named.values()) != {'train'} and (parts or 'train' not in named.values()):
         raise LiftError(f"'{_printable(path)}' has no folder 'train' beside {sorted(d.name for d in named)}")
     if not parts and not others and {'train'} < set(named.values()):
-        raise LiftError(f"The parts {sorted(d.name for d in named)} of '{_printable(path)}' hold no class folders; give each class a folder, or pass a table of paths and labels")
+        raise LiftError(f"The parts {sorted(d.name for d in named)} of '{_printable(path)}' hold no class folders; "
+            'give each class a folder, or pass a table of paths and labels')
     if not parts: return [path], None, []
     test = _chosen_test(trains[0], {d: s for d, s in parts.items() if s != 'train'}) if len(trains) == 1 else None
     if len(trains) != 1 or others and test is None: _doubtful_folders(path, parts, others or dirs)
-    return trains, test, [f"Training images from '{_printable(trains[0].name)}', test images " + (f"from '{_printable(test.name)}'" if test else 'drawn from them'),
+    tested = f"from '{_printable(test.name)}'" if test else 'drawn from them'
+    return trains, test, [f"Training images from '{_printable(trains[0].name)}', test images {tested}",
         *_notes_about('Folders that were not used', sorted(d.name for d in dirs if d not in (*trains, test)))]
 
 # %% ../../nbs/data/04_folders.ipynb #b0fd53ef

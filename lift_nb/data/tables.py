@@ -55,7 +55,7 @@ def _read_table(table, # path or `DataFrame`
         else:
             try: table = pd.read_csv(StringIO(text), sep=_delimiter(text), dtype=str, keep_default_na=False, skipinitialspace=True)
             except (pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise LiftError(f'{what} cannot be read: {_printable(str(e).strip())}') from None
-            if not isinstance(table.index, pd.RangeIndex): raise LiftError(f'The rows of {what.lower()[:9]}{what[9:]} have more cells than its first line names columns')
+            if not isinstance(table.index, pd.RangeIndex): raise LiftError(f'{what} has rows with more cells than its first line')
     if not len(table): raise LiftError(f'{what} has no rows; its columns are {_examples(table.columns, 20)}')
     return table, notes
 
@@ -150,7 +150,8 @@ def _one_hot(table:pd.DataFrame, taken)->list: # names of columns that mean some
     if len(cols) < 2: return []
     ones = sum((np.isin(_texts(table[c]), ['1', '1.0']).astype(int) for c in cols))
     if (ones == 1).all(): return cols
-    raise LiftError(f'The columns {_examples(cols)} hold zeros and ones, but {int((ones != 1).sum())} rows have not a single 1; name the column of the label with label_col')
+    raise LiftError(f'The columns {_examples(cols)} hold zeros and ones, but {int((ones != 1).sum())} rows have not a single 1; '
+        'name the column of the label with label_col')
 
 # %% ../../nbs/data/05_tables.ipynb #88b5f148
 def _label_texts(table:pd.DataFrame, column, # name, or None for one-hot columns
@@ -168,7 +169,8 @@ def _label_texts(table:pd.DataFrame, column, # name, or None for one-hot columns
     if numbers and all(re.fullmatch(r'-?\d+(\.\d*)?', w) for w in numbers):
         parts = [w for w in numbers if w.partition('.')[2].strip('0')]
         if parts and not (given and len(words)*2 < len(table)):
-            raise LiftError(f"The column '{_printable(column)}' holds numbers with decimals, such as {parts[0]}; classes are words or whole numbers, name their column with label_col")
+            raise LiftError(f"The column '{_printable(column)}' holds numbers with decimals, such as {parts[0]}; "
+                'classes are words or whole numbers, name their column with label_col')
         if not parts: words = [w.partition('.')[0] for w in words]
     return np.array(words, dtype=object)[codes]
 
@@ -186,8 +188,10 @@ def _unlabelled(rows:pd.DataFrame, # path, label and perhaps split
             'remove these rows, or leave them out with skip_corrupt=True')
     kept = rows[(rows.label != '') & (rows.path != '')]
     if not len(kept): raise LiftError(f'None of the {len(rows)} rows has a path and a label')
-    return kept, _notes_about('Rows without path or label, left out', [p or 'no path' for p in rows.path[~rows.index.isin(kept.index)]] if len(kept) < len(rows) else [])
+    left = rows.path[(rows.label == '') | (rows.path == '')]
+    return kept, _notes_about('Rows without path or label, left out', [p or 'no path' for p in left])
 
+# %% ../../nbs/data/05_tables.ipynb #4e04afcf
 def _table_rows(table:pd.DataFrame, # with rows
     cols:dict, # 'path', 'label', 'split', 'group', 'fold' → the column's name, or None
     given:bool=False, # did the user name the label's column?
@@ -212,6 +216,12 @@ def _once(rows:pd.DataFrame, # path, label, file …
     return once, _notes_about('Rows that repeat another, left out', sorted(set(rows.path[rows.duplicated(facts)])))
 
 # %% ../../nbs/data/05_tables.ipynb #5ca0f779
+def _spellings(path:str):
+    "The ways in which a path may be written on the disk, one after the other"
+    yield path
+    for p in dict.fromkeys((path.strip(), path.strip().replace('\\', '/'))):
+        yield from (p, normalize('NFC', p), normalize('NFD', p))
+
 class _Files:
     "The files below a folder; each subfolder is listed once, when it is asked for"
     def __init__(self, root): self.root, self.listed, self.stems = str(root), {}, {}
@@ -228,8 +238,7 @@ class _Files:
         return self.stems[folder]
     def find(self, path:str # of a table
     )->str|None: # None when there is no such file, or no single one
-        forms = dict.fromkeys(f(p) for p in (path, path.strip(), path.strip().replace('\\', '/')) for f in (str, lambda p: normalize('NFC', p), lambda p: normalize('NFD', p)))
-        for folder, name in map(os.path.split, [path] if os.path.basename(path) in self.names(os.path.dirname(path)) else forms):
+        for folder, name in map(os.path.split, _spellings(path)):
             if name in self.names(folder): return os.path.normpath(os.path.join(self.root, folder, name))
             if len(found := self.with_suffix(folder).get(name, [])) == 1: return os.path.normpath(os.path.join(self.root, folder, found[0]))
 
