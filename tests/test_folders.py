@@ -9,7 +9,7 @@ from PIL import Image
 
 from lift_nb.core.errors import LiftError
 from lift_nb.data.loaders import dataloaders
-from lift_nb.data.dataset import from_arrays, long_tail_counts, long_tail_subset
+from lift_nb.data.dataset import LongTailData, from_arrays, long_tail_counts, long_tail_subset
 from lift_nb.data.lists import _clean_name, _in_order, _name_classes
 from lift_nb.data.folders import from_folder, make_long_tailed
 from lift_nb.data.tables import _from_path, from_table
@@ -65,7 +65,7 @@ def odd(tmp_path_factory): return odd_folder(tmp_path_factory.mktemp('odd')/'my 
 @pytest.fixture(scope='module')
 def readable(tmp_path_factory): return odd_folder(tmp_path_factory.mktemp('fine')/'my föld er', corrupt=False)
 
-NAMES = ('10', '9', 'all kinds', NFC_CAFE, 'grey cat', 'lonely emu', 'never tested', 'кот')
+NAMES = ('9', '10', 'all kinds', NFC_CAFE, 'grey cat', 'lonely emu', 'never tested', 'кот')
 
 # Images
 
@@ -137,7 +137,7 @@ def test_the_odd_folder(odd):
 def test_every_oddity_is_in_the_report(odd):
     text = str(report := inspect(odd))
     for part in ('8 classes', 'imbalance', 'I;16 2', 'CMYK 1', 'LA 1', 'RGBA 1', 'lonely emu', 'never tested', 'copy.bmp', 'leak.png', "'train/9/tiny.png' (9×9)",
-                 "(10) = 'train/9/tiny.png' (9)", 'say nothing to a text tower', 'кот', 'loose.png', 'Thumbs.db', 'cut.jpg', 'zero.png', 'text.jpg', 'half.png'): assert part in text, part
+                 "(9) = 'train/10/again.png' (10)", 'say nothing to a text tower', 'кот', 'loose.png', 'Thumbs.db', 'cut.jpg', 'zero.png', 'text.jpg', 'half.png'): assert part in text, part
     assert len(report.problems['Images that cannot be read']) == 4 and report.sizes.width['min'] == 9
     assert report.classes.loc['grey cat', 'training'] == 8 and report.groups.loc['few', 'classes'] == 8
 
@@ -221,7 +221,7 @@ def test_no_permission(readable, monkeypatch):
 
 def test_a_file_that_vanishes_is_named_while_training(tmp_path):
     for c in 'ab':
-        for i in range(3): save(noise(i), tmp_path/c/f'{i}.png')
+        for i in range(3): save(noise(100*ord(c) + i), tmp_path/c/f'{i}.png')
     data = from_folder(tmp_path)
     Path(data.train_images[0]).unlink()
     fails(lambda: dataloaders(data, [], (.5,)*3, (.5,)*3, bs=4, device='cpu', num_workers=0).train.one_batch(), 'Cannot read the image', 'No such file')
@@ -246,7 +246,7 @@ def test_names(names):
         assert _meaningless_names(n) in (True, False)
     assert _in_order(names) == _in_order(names[::-1])
     found = _in_order(map(_clean_name, names))
-    assert list(_name_classes(found, [f'class {i}' for i in range(len(found))])) == found or all(f.isdecimal() for f in found)
+    assert all(f.isdecimal() for f in found) or list(_name_classes(found, [f'class {i}' for i in range(len(found))])[0]) == found
 
 # Tables
 
@@ -284,9 +284,9 @@ def test_what_a_table_lacks(photos):
     fails(lambda: from_table(t.assign(split=['train']*11 + ['tset']), root=photos), "'split' must say train or test", "'tset'")
     fails(lambda: from_table(t.assign(split=['train']*8 + ['test']*4), root=photos), "no training image: ['1']")
     fails(lambda: from_table(t, root=photos, classes=['a']), '1 class names (a) were given for 2 classes')
-    assert from_table(pd.concat([t, t]), root=photos).notes[0].startswith('Rows that repeat another, left out (12)')
+    assert from_table(pd.concat([t, t]), root=photos).notes[1].startswith('Rows that repeat another, left out (12)')
     kept = from_table(pd.concat([t, t[:1].assign(Image='gone.png')]), root=photos, skip_corrupt=True)
-    assert kept.notes[0] == "Files that do not exist, left out (1): 'gone.png'"
+    assert kept.notes[1] == "Files that do not exist, left out (1): 'gone.png'"
 
 def test_a_copy_across_a_tables_split(photos):
     t = rows().assign(split=['train']*6 + ['test']*2 + ['train']*2 + ['test']*2)
@@ -298,7 +298,7 @@ def test_a_copy_across_a_tables_split(photos):
 
 def test_the_rule_of_the_benchmarks():
     y = np.repeat(np.arange(20), 60)
-    data = from_arrays(np.arange(1200)[:, None, None], y, np.zeros((20, 1, 1)), np.arange(20), map(str, range(20)), 'balanced')
+    data = LongTailData('balanced', map(str, range(20)), np.arange(1200)[:, None, None], y, np.zeros((20, 1, 1)), np.arange(20))
     for imbalance in (1, 10, 50, 60):
         cut = make_long_tailed(data, imbalance, seed=2)
         assert np.array_equal(cut.train_images[:, 0, 0], long_tail_subset(y, [max(1, n) for n in long_tail_counts(60, 20, 1/imbalance)], 2))

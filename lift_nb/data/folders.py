@@ -6,16 +6,19 @@
 __all__ = ['from_folder', 'make_long_tailed']
 
 # %% ../../nbs/data/04_folders.ipynb #a0d83d4e
-import os
+import os, re, warnings
 from collections import Counter, defaultdict
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from fastcore.meta import delegates
+from sklearn.model_selection import StratifiedGroupKFold
 
 from ..core.errors import LiftError, _nearest
-from .images import _all_image_facts
+from .images import _all_image_facts, _printable
 from .dataset import LongTailData, long_tail_counts, long_tail_subset
 from .lists import _clean_name, _examples, _in_order, _name_classes, _notes_about
 
@@ -24,33 +27,95 @@ def _shorter(path, # of a file
     root, # folder above it, perhaps
 )->str:
     "The path seen from `root`"
-    return str(path).removeprefix(f'{root}{os.sep}')
+    return _printable(str(path).removeprefix(f'{root}{os.sep}'))
+
+def _check_peaks(looks:dict, # path → `_ImageFacts`
+    root, # folder above them, for the sentence
+):
+    "Raise `LiftError` when all images of more than 8 bits would be nearly black"
+    peaks = {f: l.peak for f, l in looks.items() if l.peak is not None}
+    if not peaks or (top := max(peaks.values())) >= 2**14: return
+    bits = next(b for b in (8, 10, 12, 14) if top < 2**b)
+    raise LiftError(f"{len(peaks)} images of more than 8 bits, such as '{_shorter(next(iter(peaks)), root)}', reach {top:g} "
+        f'of 65535: name the value of white with max_value, for example {2**bits-1} for {bits} bits, or 65535')
 
 def _check_images(files, # paths
     root, # folder above them, for the sentence
     skip_corrupt:bool, # go on without those that cannot be read?
+    max_value:float|None=None, # value of white in images of more than 8 bits
 ): # path → `_ImageFacts` of those that can be read, list of notes
     "Decode all files; raises one `LiftError` for all that cannot be read unless they are to be skipped"
-    looks = dict(zip(files, _all_image_facts(files)))
+    looks = dict(zip(files, _all_image_facts(files, max_value=max_value)))
     bad = [f"'{_shorter(f, root)}' ({l.error})" for f, l in looks.items() if l.error]
-    if not bad: return looks, []
-    if not skip_corrupt: raise LiftError(f'{len(bad)} of {len(looks)} images cannot be read: {_examples(bad)}; '
-        'repair or remove them, or leave them out with skip_corrupt=True')
-    return {f: l for f, l in looks.items() if not l.error}, _notes_about('Images that cannot be read, left out', bad)
+    if bad and not skip_corrupt:
+        raise LiftError(f'{len(bad)} of {len(looks)} images cannot be read: {_examples(bad)}; '
+            'repair or remove them, or leave them out with skip_corrupt=True')
+    looks = {f: l for f, l in looks.items() if not l.error}
+    if max_value is None: _check_peaks(looks, root)
+    return looks, _notes_about('Images that cannot be read, left out', bad)
 
-# %% ../../nbs/data/04_folders.ipynb #5e3e46f7
+# %% ../../nbs/data/04_folders.ipynb #056ccc65
+def _drawn(files, # paths
+    seed:int, # of the drawing
+    root='', # folder where the paths begin that count
+)->list: # the same paths
+    "Files in an order that follows from each one's path below `root` and the seed alone"
+    def key(f): return blake2b(f'{seed}/{str(f).removeprefix(f"{root}{os.sep}")}'.encode('utf-8', 'surrogateescape'), digest_size=8).digest()
+    return sorted(files, key=key)
+
 def _split_classes(found:dict, # class → paths
     test_pct:float, # part that goes to the test set
     seed:int, # of the drawing
+    root='', # folder where the paths begin that count
+    fold:int|None=None, # number of the fold that is tested; None: `test_pct`
+    n_folds:int=5, # into which each class is cut
 ):
     "Two dictionaries like `found`: training and test images, drawn class by class; every class keeps one to train"
-    rng, train, test = np.random.RandomState(seed), {}, {}
+    train, test = {}, {}
     for c, files in found.items():
-        files = [files[i] for i in rng.permutation(len(files))]
-        n = min(len(files)-1, max(1, round(test_pct*len(files)))) if files else 0
-        test[c], train[c] = files[:n], files[n:]
+        order = _drawn(files, seed, root)
+        if fold is None: order = order[:max(1, round(test_pct*len(files)))]
+        else: order = order[(fold + crc32(str(c).encode('utf-8', 'surrogateescape'))) % n_folds::n_folds]
+        picked = set(order[:max(0, len(files)-1)])
+        test[c], train[c] = [f for f in files if f in picked], [f for f in files if f not in picked]
     return train, test
 
+# %% ../../nbs/data/04_folders.ipynb #3a94da4d
+def _group_folds(labels:np.ndarray, # (N,) class of each image
+    groups:np.ndarray, # (N,) group of each image
+    n:int, # folds
+    seed:int, # of the drawing
+)->np.ndarray: # (N,) fold of each image
+    "Cut images into folds with whole groups and similar classes"
+    folds = np.empty(len(labels), int)
+    cut = StratifiedGroupKFold(n, shuffle=True, random_state=seed % 2**32)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning) # small classes are what this is about
+        for k, (_, i) in enumerate(cut.split(labels, labels, groups)): folds[i] = k
+    return folds
+
+def _split_groups(found:dict, # class → paths
+    groups:dict, # path → group
+    test_pct:float, # part that goes to the test set
+    seed:int, # of the drawing
+    fold:int|None=None, # number of the fold that is tested; None: `test_pct`
+    n_folds:int=5, # into which the groups are cut
+):
+    "Two dictionaries like `found`: training and test images, no group in both"
+    files, labels = _flat_folder(found, found)
+    keys, largest = np.array([groups[f] for f in files], dtype=object), max(map(len, found.values()))
+    n, most = (20 if fold is None else n_folds), min(len(set(keys)), largest)
+    if most < 2 or fold is not None and n > most:
+        raise LiftError(f'{len(set(keys))} groups, and {largest} images in the largest class, are too few for {n if fold is not None else 2} parts')
+    n = min(n, most)
+    folds = _group_folds(labels, np.unique(keys.astype(str), return_inverse=True)[1], n, seed)
+    tested = set(keys[folds == fold if fold is not None else folds < min(n-1, max(1, round(test_pct*n)))])
+    for fs in found.values(): # a class trains on one group at least
+        if fs and all(groups[f] in tested for f in fs): tested.discard(groups[fs[0]])
+    parts = [{c: [f for f in fs if (groups[f] in tested) == t] for c, fs in found.items()} for t in (False, True)]
+    return parts[0], parts[1]
+
+# %% ../../nbs/data/04_folders.ipynb #c98815d2
 def _trained_classes(train:dict, # class → paths
     test:dict, # class → paths
 )->list:
@@ -58,7 +123,7 @@ def _trained_classes(train:dict, # class → paths
     classes = [c for c in train if train[c]]
     extra = _in_order(c for c in test if test[c] and not train.get(c))
     if extra: raise LiftError(f'Classes in the test set that have no training image: {extra[:5]}; '
-        f'nearest in training: {_nearest(extra[0], classes)[:5]}')
+        f'nearest in training: {_nearest(extra[0], classes)[:5]}; rename or remove them')
     if len(classes) < 2: raise LiftError(f'At least two classes with images are needed, not {classes}; is there a folder for each?')
     return classes
 
@@ -79,7 +144,7 @@ def _split_by_class(train:dict, # class → paths
     twins = {b for _, b in _shared_images(train, test, looks)} if looks else set()
     train = {c: fs + [f for f in test[c] if f in twins] for c, fs in train.items()}
     test = {c: [f for f in fs if f not in twins] for c, fs in test.items()}
-    return train, test, _notes_about('Copies of training images, not drawn for the test set', sorted(f.name for f in twins))
+    return train, test, _notes_about('Copies of training images, not drawn for the test set', sorted(map(os.path.basename, twins)))
 
 def _oddities(train:dict, # class → paths
     test:dict, # class → paths
@@ -102,99 +167,243 @@ def _flat_folder(found:dict, # class → paths
     parts = [found.get(c, []) for c in classes]
     return [f for fs in parts for f in fs], np.repeat(np.arange(len(parts)), [len(fs) for fs in parts])
 
+def _check_split(test_pct, fold, n_folds, own:bool): # do the images come with a test set?
+    "Raise `LiftError` for shares and folds that cannot be"
+    if not 0 < test_pct < 1: raise LiftError(f'test_pct must lie between 0 and 1, not {test_pct}')
+    if fold is None: return
+    if own: raise LiftError(f'fold={fold} would cut a test set, but the images come with one of their own')
+    if not (n_folds >= 2 and 0 <= fold < n_folds): raise LiftError(f'fold must lie in 0 … {n_folds-1}, not {fold}, for {n_folds} folds of at least 2')
+
+def _draw_test(train:dict, # class → paths
+    looks:dict, # path → `_ImageFacts`; empty: not looked at
+    groups:dict|None, # path → group; None: each image by itself
+    root, test_pct, seed, fold, n_folds, # see `_assemble_data`
+): # class → training paths, class → test paths, list of notes
+    "Draw a test set from the training images"
+    if groups: return *_split_groups(train, groups, test_pct, seed, fold, n_folds), []
+    return _split_by_class(*_split_classes(train, test_pct, seed, root, fold, n_folds), looks)
+
+def _shared_groups(train:dict, test:dict, groups:dict|None)->list:
+    "A note on groups that lie on both sides of a split that the data brought along"
+    if not groups: return []
+    both = set.intersection(*({groups[f] for fs in part.values() for f in fs} for part in (train, test)))
+    return _notes_about('Groups with both training and test images', _in_order(map(str, both)))
+
+# %% ../../nbs/data/04_folders.ipynb #5dff96b0
 def _assemble_data(train:dict, # class → paths of its training images
     test:dict|None, # class → paths of its test images; None: they are drawn from `train`
     name:str, # for reports and folders
     root, # folder above the files
     notes=(), # sentences about how they were found
-    classes=None, # names for the prompts: a mapping, a list, or a file (see `_name_classes`)
+    groups:dict|None=None, # path → group, when groups are to stay on one side
+    class_names=None, # names for the prompts: a mapping, a list, or a file (see `_name_classes`)
     test_pct:float=0.2, # part of each class that is held out when there is no test set
     seed:int=0, # of that split
+    fold:int|None=None, # number of the fold that is tested, instead of `test_pct`
+    n_folds:int=5, # into which the images are cut for `fold`
     check:bool=True, # decode every file before training?
     skip_corrupt:bool=False, # leave out what cannot be read?
+    max_value:float|None=None, # value of white in images of more than 8 bits; None: that of 16 bits
+    classes=None, # the name of `class_names` in earlier versions
 )->LongTailData:
     "Files, checked, split and named"
-    if not 0 < test_pct < 1: raise LiftError(f'test_pct must lie between 0 and 1, not {test_pct}')
+    _check_split(test_pct, fold, n_folds, test is not None)
     files = list(dict.fromkeys(f for part in (train, test or {}) for fs in part.values() for f in fs))
-    looks, unread = _check_images(files, root, skip_corrupt) if check or skip_corrupt else ({}, [])
+    looks, unread = _check_images(files, root, skip_corrupt, max_value) if check or skip_corrupt else ({}, [])
     if unread: train, test = (part and {c: [f for f in fs if f in looks] for c, fs in part.items()} for part in (train, test))
-    if test is None: train, test, copies = _split_by_class(*_split_classes(train, test_pct, seed), looks)
-    else: copies = []
-    names = _name_classes(_trained_classes(train, test), classes)
-    data = LongTailData(name, tuple(names.values()), *_flat_folder(train, names), *_flat_folder(test, names))
-    return replace(data, notes=(*notes, *unread, *copies, *_oddities(train, test, names, looks, root)))
+    if test is not None: more = _shared_groups(train, test, groups)
+    else: train, test, more = _draw_test(train, looks, groups, root, test_pct, seed, fold, n_folds)
+    names, said = _name_classes(_trained_classes(train, test), classes if class_names is None else class_names)
+    data = LongTailData(name, tuple(names.values()), *_flat_folder(train, names), *_flat_folder(test, names), max_value=max_value)
+    return replace(data, notes=(*notes, *said, *unread, *more, *_oddities(train, test, names, looks, root)))
 
 # %% ../../nbs/data/04_folders.ipynb #c6fe3f57
 _image_suffixes = set('''.jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .tif .tiff .webp .avif .jp2 .j2k
     .ppm .pgm .pbm .pnm .tga .ico .qoi .heic .heif'''.split())
+_SYSTEM = set('__macosx @eadir @tmp @recycle #recycle #snapshot $recycle.bin recycler lost+found __pycache__'.split()) | {
+    'system volume information', 'temporary items', 'network trash folder'}
+_BESIDE = set('mask masks annotation annotations segmentation segmentations groundtruth ground_truth gt thumbnails thumbs'.split())
+_MASK = re.compile('(.+)[_-](?:mask|segmentation|superpixels|seg|gt|thumb|thumbnail)s?', re.I)
 
 def _is_hidden(name:str)->bool:
     "A file or folder that no person put there?"
-    return name.startswith('.') or name == '__MACOSX'
+    return name.startswith('.') or name.lower() in _SYSTEM
+
+def _is_image(name:str)->bool:
+    "Does the name end like an image's?"
+    return os.path.splitext(name)[1].lower() in _image_suffixes
 
 def _refuse_folder(e:OSError):
     "Raise a `LiftError` that says which folder cannot be read"
-    raise LiftError(f"Cannot read the folder '{e.filename}': {e.strerror}") from None
+    raise LiftError(f"Cannot read the folder '{_printable(e.filename)}': {e.strerror}") from None
 
 def _subfolders(path)->list:
     "The visible folders in a folder, sorted"
     try: return sorted(d for d in Path(path).iterdir() if d.is_dir() and not _is_hidden(d.name))
     except OSError as e: _refuse_folder(e)
 
-def _image_files(folder): # images, other files
+def _image_files(folder): # paths of images, paths of other files
     "What lies below a folder, sorted; a link that leads back up is not followed"
-    images, others, seen = [], [], set()
+    images, others, seen, start = [], [], set(), os.path.realpath(folder)
     for here, dirs, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
-        new = (real := os.path.realpath(here)) not in seen
+        real = os.path.realpath(here)
+        above = real != start and f'{start}{os.sep}'.startswith(real.rstrip(os.sep) + os.sep)
+        new = real not in seen and not above
         seen.add(real)
         dirs[:] = [d for d in dirs if new and not _is_hidden(d)]
-        for f in (Path(here)/f for f in files if new and not _is_hidden(f)):
-            (images if f.suffix.lower() in _image_suffixes else others).append(f)
+        for f in files:
+            if new and not _is_hidden(f): (images if _is_image(f) else others).append(os.path.join(here, f))
     return sorted(images), sorted(others)
 
 # %% ../../nbs/data/04_folders.ipynb #2bf29e45
+def _without_masks(images, # sorted paths
+    top, # class folder above them
+): # images, masks and thumbnails
+    "Tell images from what lies beside them: files called like an image with `_mask` behind, and what folders of masks hold"
+    stems, kept, left = {os.path.splitext(f)[0] for f in images}, [], []
+    for f in images:
+        stem = os.path.splitext(f)[0]
+        between = str(os.path.dirname(f)).removeprefix(str(top)).lower().split(os.sep)
+        twin = _MASK.fullmatch(os.path.basename(stem))
+        beside = not _BESIDE.isdisjoint(between) or twin and os.path.join(os.path.dirname(f), twin[1]) in stems
+        (left if beside else kept).append(f)
+    return (kept, left) if kept else (left, [])
+
+def _mask_classes(found:dict, # class → paths
+)->list:
+    "Folders beside the classes that hold their masks: called like it, and with file names of the others"
+    stems = {c: {os.path.splitext(os.path.basename(f))[0] for f in fs} for c, fs in found.items()}
+    def repeats(c): return len(stems[c] & set().union(*(stems[o] for o in found if o.lower() not in _BESIDE)))*2 > len(stems[c])
+    return [c for c in found if c.lower() in _BESIDE and stems[c] and len(found) > 2 and repeats(c)]
+
+# %% ../../nbs/data/04_folders.ipynb #9218a19a
 def _class_folders(path:Path, # folder that holds one folder per class
 ): # class → sorted paths of its images, list of notes
     "The images below each class folder; raises `LiftError` when there are none"
-    found, others, dirs = defaultdict(list), [], _subfolders(path)
+    found, others, beside, dirs = defaultdict(list), [], [], _subfolders(path)
     for d in dirs:
         images, rest = _image_files(d)
+        images, masks = _without_masks(images, d)
         found[_clean_name(d.name)] += images
         others += rest
-    loose = sorted(f for f in path.iterdir() if f.is_file() and f.suffix.lower() in _image_suffixes and not _is_hidden(f.name))
-    if not any(found.values()): raise LiftError(f"There are no images in class folders below '{path}'" +
+        beside += masks
+    loose = sorted(f.name for f in path.iterdir() if f.is_file() and _is_image(f.name) and not _is_hidden(f.name))
+    for c in _mask_classes(found): beside += found.pop(c)
+    if not any(found.values()): raise LiftError(f"There are no images in class folders below '{_printable(path)}'" +
         (f', but {len(loose)} in the folder itself; give each class a folder, or pass a table of paths and labels' if loose else ''))
     merged = [c for c, n in Counter(_clean_name(d.name) for d in dirs).items() if n > 1]
-    return dict(found), [*_notes_about('Images beside the class folders, left out', [f.name for f in loose]),
-        *_notes_about('Files of no known image format, left out', [f.name for f in others]),
+    return dict(found), [*_notes_about('Images beside the class folders, left out', loose),
+        *_notes_about('Masks or thumbnails beside the images, left out', [_shorter(f, path) for f in beside]),
+        *_notes_about('Files of no known image format, left out', [os.path.basename(f) for f in others]),
         *_notes_about('Classes in folders whose names differ only in blanks or Unicode form', merged)]
 
 # %% ../../nbs/data/04_folders.ipynb #9dd68d6c
-_TRAIN, _TEST = ('train', 'training'), ('test', 'testing', 'valid', 'val', 'validation')
+_SIDES = {w: side for side, words in dict(train='train training trn trainval', test='test testing tst eval evaluation holdout',
+    valid='valid val validation dev development').items() for w in words.split()}
+_FILLERS = set('set sets split part data dataset images image imgs img photos pictures pics folder files public private'.split())
+_FOLD = re.compile(r'(?:k?fold|cv)[\W_]*\d+', re.I)
+
+def _split_word(name:str, # of a folder, or what a table says of a row
+): # 'train', 'test', 'valid' or '', other words in the name
+    "Which part of a split a name means, in any spelling: Training_Set, imgs_val, trainset, PublicTest, test2017"
+    words = re.findall('[a-z]+', re.sub('(?<=[a-z])(?=[A-Z])', ' ', _clean_name(name)).lower())
+    words = [re.sub('(?<=..)(?:sets?|data|images?|imgs?|split)$', '', w) for w in words]
+    sides = {_SIDES[w] for w in words if w in _SIDES}
+    side = 'train' if sides == {'train', 'valid'} else sides.pop() if len(sides) == 1 else ''
+    return side, tuple(w for w in words if w not in _SIDES and w not in _FILLERS)
+
+def _parts_of_split(dirs, # folders
+)->dict: # folder → 'train', 'test' or 'valid'
+    "The folders that are called like a part of a split; words that all of them share (flowers_train, flowers_test) don't matter"
+    named = {d: _split_word(d.name) for d in dirs}
+    rests = {rest for side, rest in named.values() if side}
+    shared = len(rests) == 1 and len({side for side, _ in named.values() if side}) > 1
+    return {d: side for d, (side, rest) in named.items() if side and (not rest or shared)}
+
+def _doubtful_folders(path, parts, others):
+    "Raise a `LiftError` for folders that may be classes or parts of a split"
+    raise LiftError(f"In '{_printable(path)}', {_examples(sorted(repr(d.name) for d in parts))} may be parts of a split or classes, beside "
+        f"{_examples(sorted(repr(d.name) for d in others))}; pass the folder that holds the training classes, or rename or remove what is neither")
+
+# %% ../../nbs/data/04_folders.ipynb #fd9f2448
+def _folds_of(path:Path, dirs, # folders called fold_0, fold_1, …
+    fold:int|None, # that is tested
+): # training folders, test folder, list of notes
+    "The parts of a cross-validation"
+    dirs = {n: d for d in dirs for n in re.findall(r'\d+', d.name)[-1:]}
+    by_number = {int(n): d for n, d in dirs.items()}
+    if fold not in by_number:
+        raise LiftError(f"The folders in '{_printable(path)}' are the folds {_examples(sorted(by_number), 20)} "
+            'of a cross-validation: name the one to be tested with fold')
+    test = by_number.pop(fold)
+    return list(by_number.values()), test, _notes_about(f"Test images from '{test.name}', training images from", sorted(d.name for d in by_number.values()))
+
+def _chosen_test(train:Path, # folder of the training classes
+    parts:dict, # folder with folders → 'test' or 'valid'
+)->Path|None:
+    "The test folder, else the validation folder; one that shares no class with training counts when it is the only one"
+    known = {_clean_name(d.name) for d in _subfolders(train)}
+    ranked = sorted(parts, key=lambda d: (parts[d], d.name))
+    shares = [d for d in ranked if known & {_clean_name(s.name) for s in _subfolders(d)}]
+    return next(iter(shares or [d for d in ranked if len(_subfolders(d)) > 1]), None)
 
 def _split_folders(path:Path, # of the user
-): # training folder, test folder or None, list of notes
+    fold:int|None=None, # that is tested, of folders of folds
+): # training folders, test folder or None, list of notes
     "Where the training and test classes lie; the folder itself when it holds classes"
-    dirs = {d.name.lower(): d for d in _subfolders(path)}
-    parts = {n: d for n, d in dirs.items() if n in _TRAIN + _TEST and _subfolders(d)}
-    train, test = (next((parts[n] for n in names if n in parts), None) for names in (_TRAIN, _TEST))
-    if dirs and set(dirs) <= set(_TEST): raise LiftError(f"'{path}' has no folder 'train' beside {sorted(dirs)}")
-    if train is None or test is None and set(dirs) - set(_TRAIN + _TEST): return path, None, []
-    return train, test, _notes_about('Folders that were not used', sorted(d.name for d in dirs.values() if d not in (train, test)))
+    dirs = _subfolders(path)
+    if len(dirs) > 1 and all(_FOLD.fullmatch(d.name) for d in dirs): return _folds_of(path, dirs, fold)
+    named = _parts_of_split(dirs)
+    parts = {d: side for d, side in named.items() if _subfolders(d)}
+    others = [d for d in dirs if d not in named and d.name.lower() not in _BESIDE]
+    trains = [d for d in parts if parts[d] == 'train']
+    if not trains and named and not others and set(named.values()) != {'train'} and (parts or 'train' not in named.values()):
+        raise LiftError(f"'{_printable(path)}' has no folder 'train' beside {sorted(d.name for d in named)}")
+    if not parts and not others and {'train'} < set(named.values()):
+        raise LiftError(f"The parts {sorted(d.name for d in named)} of '{_printable(path)}' hold no class folders; "
+            'give each class a folder, or pass a table of paths and labels')
+    if not parts: return [path], None, []
+    test = _chosen_test(trains[0], {d: s for d, s in parts.items() if s != 'train'}) if len(trains) == 1 else None
+    if len(trains) != 1 or others and test is None: _doubtful_folders(path, parts, others or dirs)
+    tested = f"from '{_printable(test.name)}'" if test else 'drawn from them'
+    return trains, test, [f"Training images from '{_printable(trains[0].name)}', test images {tested}",
+        *_notes_about('Folders that were not used', sorted(d.name for d in dirs if d not in (*trains, test)))]
 
 # %% ../../nbs/data/04_folders.ipynb #b0fd53ef
-@delegates(_assemble_data, but=['notes'])
+def _folder_groups(found, # class → paths, in several dictionaries
+    group_by:str, # 'folder', or a regular expression
+    tops, # folders above the class folders
+)->dict: # path → group
+    "The group of each image: the folder in its class folder, or what the expression finds in its path"
+    files, groups = [f for part in found if part for fs in part.values() for f in fs], {}
+    try: pattern = None if group_by == 'folder' else re.compile(group_by)
+    except re.error as e: raise LiftError(f"group_by is 'folder' or a regular expression, but {group_by!r} is none: {e}") from None
+    for f in files:
+        path = os.path.relpath(f, next(t for t in tops if str(f).startswith(f'{t}{os.sep}')))
+        if pattern is None: groups[f] = os.path.dirname(path) if path.count(os.sep) > 1 else path
+        elif m := pattern.search(path): groups[f] = m[1] if m.groups() else m[0]
+    lost = [f for f in files if f not in groups]
+    if lost: raise LiftError(f'group_by {group_by!r} finds nothing in {len(lost)} of {len(files)} paths, such as {_printable(os.path.basename(lost[0]))!r}')
+    return groups
+
+@delegates(_assemble_data, but=['notes', 'groups'])
 def from_folder(path, # `train/` and `test/` with class folders, or the class folders themselves
     name:str|None=None, # for reports; the folder's name when not given
+    group_by:str|None=None, # images that stay on one side of the split: 'folder' (in a class folder), or a regular expression that finds the group in the path
     **kwargs, # see `_assemble_data`
 )->LongTailData:
     "A data set from a folder of images; class names are the names of the class folders"
     path = Path(os.path.expanduser(path))
-    if not os.path.isdir(path): raise LiftError(f"'{path}' is a file, not a folder" if os.path.exists(path) else f"There is no folder '{path}'")
-    train_dir, test_dir, notes = _split_folders(path)
-    train, more = _class_folders(train_dir)
+    if not os.path.isdir(path):
+        raise LiftError(f"'{_printable(path)}' is a file, not a folder" if os.path.exists(path) else f"There is no folder '{_printable(path)}'")
+    train_dirs, test_dir, notes = _split_folders(path, kwargs.get('fold'))
+    if len(train_dirs) > 1: kwargs['fold'] = None # the folders are the folds
+    read = [_class_folders(d) for d in train_dirs]
+    train = {c: [f for part, _ in read for f in part.get(c, [])] for c in dict.fromkeys(c for part, _ in read for c in part)}
     test, rest = _class_folders(test_dir) if test_dir else (None, [])
-    return _assemble_data(train, test, name or path.resolve().name, path, [*notes, *more, *rest], **kwargs)
+    groups = _folder_groups([train, test], group_by, [*train_dirs, *filter(None, [test_dir])]) if group_by else None
+    notes = [*notes, *dict.fromkeys(n for _, more in read for n in more), *rest]
+    return _assemble_data(train, test, name or path.resolve().name, path, notes, groups, **kwargs)
 
 # %% ../../nbs/data/04_folders.ipynb #a590cc63
 def _pick(images, # array or list

@@ -6,7 +6,7 @@
 __all__ = ['from_table']
 
 # %% ../../nbs/data/05_tables.ipynb #fe43e48b
-import os
+import os, re
 from io import StringIO
 from pathlib import Path
 from unicodedata import normalize
@@ -16,74 +16,264 @@ import pandas as pd
 from fastcore.meta import delegates
 
 from ..core.errors import LiftError
+from .images import _printable
 from .dataset import LongTailData
-from .lists import _clean_name, _delimiter, _examples, _notes_about, _read_text
-from .folders import _TEST, _TRAIN, _assemble_data, from_folder
+from .lists import _clean_name, _delimiter, _examples, _in_order, _notes_about, _read_text
+from .folders import _assemble_data, _image_files, _is_image, _split_word, from_folder
 
 # %% ../../nbs/data/05_tables.ipynb #f3c642ad
-_COLUMNS = dict(path='path file filename file_name filepath file_path image image_path image_name img img_path fname'.split(),
-    label='label labels class class_name category target species y'.split(),
-    split='split set subset partition phase is_valid is_test'.split())
+def _list_rows(file, # .txt, or a table without header
+    text:str, # what it holds
+)->pd.DataFrame: # path, label
+    "Lines of `path label`, with a blank, tab, comma or semicolon between"
+    pairs = [re.split(r'[,;|]\s*|\s+', l[::-1].strip(), maxsplit=1) for l in text.split('\n') if l.strip()]
+    bad = next((i for i, p in enumerate(pairs, 1) if len(p) < 2), None)
+    if bad: raise LiftError(f"Line {bad} of the list '{_printable(file)}' is not `path label`")
+    return pd.DataFrame([(p[1][::-1].strip(), p[0][::-1]) for p in pairs], columns=['path', 'label'])
+
+def _list_with_partner(file:Path, # list of images
+    text:str, # what it holds
+): # table, list of notes
+    "The rows of a list, and those of the list of test images that lies beside a list of training images"
+    side, rest = _split_word(file.stem)
+    near = {f: _split_word(f.stem) for f in sorted(file.parent.glob(f'*{file.suffix}')) if f.is_file()} if side == 'train' else {}
+    test = next((f for s in ('test', 'valid') for f, found in near.items() if found == (s, rest)), None)
+    if test is None: return _list_rows(file, text), []
+    both = {'train': _list_rows(file, text), 'test': _list_rows(test, _read_text(test, 'table'))}
+    return pd.concat([t.assign(split=s) for s, t in both.items()], ignore_index=True), [f"Test images from the list '{_printable(test.name)}'"]
 
 def _read_table(table, # path or `DataFrame`
-)->pd.DataFrame:
+): # table, list of notes
     "A table as it is, a file's columns as text; raises `LiftError` when there are no rows"
-    what = 'The table' if isinstance(table, pd.DataFrame) else f"The table '{table}'"
+    what, notes = 'The table' if isinstance(table, pd.DataFrame) else f"The table '{_printable(table)}'", []
     if not isinstance(table, pd.DataFrame):
         text = _read_text(table, 'table')
         if not text.strip(): raise LiftError(f'{what} is empty')
-        try: table = pd.read_csv(StringIO(text), sep=_delimiter(text), dtype=str, keep_default_na=False)
-        except pd.errors.ParserError as e: raise LiftError(f'{what} cannot be read: {str(e).strip()}') from None
+        if re.match('sep=.\n', text): text = text.split('\n', 1)[1]
+        first = text.split('\n', 1)[0]
+        if any(_is_image(w.strip(' "\'')) for w in re.split(r'[,;|\s]', first)): table, notes = _list_with_partner(Path(table), text)
+        else:
+            try: table = pd.read_csv(StringIO(text), sep=_delimiter(text), dtype=str, keep_default_na=False, skipinitialspace=True)
+            except (pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise LiftError(f'{what} cannot be read: {_printable(str(e).strip())}') from None
+            if not isinstance(table.index, pd.RangeIndex): raise LiftError(f'{what} has rows with more cells than its first line')
     if not len(table): raise LiftError(f'{what} has no rows; its columns are {_examples(table.columns, 20)}')
-    return table
+    return table, notes
+
+# %% ../../nbs/data/05_tables.ipynb #08d77645
+_COLUMNS = dict(path='path file filename file_name filepath file_path image image_path image_name img img_path fname'.split(),
+    label='label labels class class_name category target species y'.split(),
+    split='split set subset partition phase usage'.split(), group=[])
+_RANKS = 'kingdom phylum class order family genus species'.split()
+_TRUTH = {'1': True, '0': False, '1.0': True, '0.0': False, 'true': True, 'false': False, 'yes': True, 'no': False}
+
+def _key(column)->str:
+    "The name of a column without regard to case, blanks and hyphens"
+    return re.sub(r'[\s-]+', '_', _clean_name(column).lower())
+
+def _texts(column:pd.Series)->np.ndarray: # of str
+    "Cells as text: '' for nothing, '3' for 3.0"
+    if isinstance(column, pd.DataFrame): column = column.iloc[:, 0] # a column that occurs twice with the same content
+    try: codes, found = pd.factorize(column)
+    except TypeError: raise LiftError(f"The column '{_printable(column.name)}' holds lists or other objects where words or numbers are needed") from None
+    return np.array([*map(_as_text, found), ''], dtype=object)[codes] # the code of nothing is -1
+
+def _as_text(v)->str:
+    "A cell as text"
+    if isinstance(v, str): return v
+    return str(int(v)) if isinstance(v, (float, np.floating)) and float(v).is_integer() else str(v)
+
+def _flag_side(column, # name of a column
+)->str: # 'train', 'test', 'valid' or ''
+    "What 1 means in a column such as is_train, is_training_image, is_valid, test"
+    side, rest = _split_word(re.sub('^(?:is|in|for)_?(?=.)', '', _key(column)))
+    return '' if rest else side
+
+def _is_flag(table:pd.DataFrame, c)->bool: # a column of it
+    "Does a column hold true and false for a part of the split?"
+    return bool(_flag_side(c)) and {str(v).lower() for v in _texts(table[c])} <= {*_TRUTH, ''}
+
+# %% ../../nbs/data/05_tables.ipynb #157f9dff
+def _same_partition(table:pd.DataFrame, a, b)->bool: # two columns
+    "Do two columns put the same rows together?"
+    pairs = set(zip(_texts(table[a]), _texts(table[b])))
+    return len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
+
+def _label_candidates(table:pd.DataFrame, by_key:dict)->list:
+    "Columns that may hold the label: of a taxonomy the finest, of coordinates none, of two that say the same the words"
+    ranks = [r for r in _RANKS if r in by_key]
+    keys = [k for k in _COLUMNS['label'] if k in by_key and not (k == 'y' and 'x' in by_key)]
+    if len(ranks) > 1: keys = [ranks[-1], *(k for k in keys if k not in ranks)]
+    words = [k for k in keys if not all(re.fullmatch(r'-?[\d.]+|', v) for v in set(_texts(table[by_key[k]])))]
+    best = next(iter(words or keys), None)
+    return [by_key[k] for k in keys if k == best or not _same_partition(table, by_key[k], by_key[best])]
+
+def _path_candidates(table:pd.DataFrame, by_key:dict)->list:
+    "Columns that may hold the path: those that name images, and of two that end alike the longer"
+    found = [by_key[k] for k in _COLUMNS['path'] if k in by_key]
+    if len(found) < 2: return found
+    head = {c: [str(v).replace('\\', '/') for v in _texts(table[c][:100])] for c in found}
+    found = [c for c in found if all(map(_is_image, head[c]))] or found
+    def shortened(c): return any(all(b != a and b.endswith(f'/{a}') for a, b in zip(head[c], head[o])) for o in found)
+    return [c for i, c in enumerate(found) if not shortened(c) and not any(head[c] == head[o] for o in found[:i])]
+
+def _split_candidates(table:pd.DataFrame, by_key:dict)->list:
+    "Columns that may hold the split, those that agree with another left out"
+    found = [by_key[k] for k in _COLUMNS['split'] if k in by_key] + [c for c in by_key.values() if _is_flag(table, c)]
+    sides = {c: tuple(map(lambda w: _split_of(w, c), _texts(table[c]))) for c in dict.fromkeys(found)} if len(found) > 1 else {}
+    return [c for i, c in enumerate(found) if not any(sides[c] == sides[o] for o in found[:i])]
+
+# %% ../../nbs/data/05_tables.ipynb #29f9271c
+_CANDIDATES = dict(path=_path_candidates, label=_label_candidates, split=_split_candidates)
 
 def _column(table:pd.DataFrame, # with rows
     kind:str, # a key of `_COLUMNS`
     given=None, # the column's name; None: one of the usual names
-): # name, or None for a split that is not there
-    "The column that holds paths, labels or splits; raises `LiftError` with those that exist"
-    lower = {_clean_name(c).lower(): c for c in reversed(table.columns)}
-    found = given if given is not None else next((lower[n] for n in _COLUMNS[kind] if n in lower), None)
-    if found in table.columns or found is None and kind == 'split': return found
+): # name, or None for a split that is not there, or a label that is one-hot
+    "The column that holds paths, labels, splits or groups; raises `LiftError` with those that exist, or with those that could be meant"
+    by_key = {_key(c): c for c in reversed(table.columns)}
+    found = [given] if given is not None else _CANDIDATES[kind](table, by_key) if kind in _CANDIDATES else []
+    if len(found) > 1:
+        raise LiftError(f'The columns {_examples(map(repr, found))} could each hold the {kind}; name one with {kind}_col')
+    if given is not None and given not in table.columns: found = [by_key[_key(given)]] if _key(given) in by_key else []
+    if found:
+        twice = table[found[0]]
+        if isinstance(twice, pd.DataFrame) and any(not twice.iloc[:, 0].equals(twice.iloc[:, i]) for i in range(1, twice.shape[1])):
+            raise LiftError(f'The column {found[0]!r} occurs {twice.shape[1]} times with different content; rename or drop one')
+        return found[0]
+    if given is None and (kind in ('split', 'group') or kind == 'label' and _one_hot(table, [])): return None
     what = f'There is no column {given!r}' if given is not None else f'No column is called {_examples(_COLUMNS[kind], 3)}'
     raise LiftError(f'{what}; name one of {_examples(map(repr, table.columns), 20)} with {kind}_col')
 
-# %% ../../nbs/data/05_tables.ipynb #88b5f148
-def _as_text(v)->str:
-    "A cell as text: '' for nothing, '3' for 3.0"
-    if isinstance(v, str): return v
-    if pd.isna(v): return ''
-    return str(int(v)) if isinstance(v, (float, np.floating)) and float(v).is_integer() else str(v)
+def _one_hot(table:pd.DataFrame, taken)->list: # names of columns that mean something else
+    "The columns of zeros and ones, one for each class, when each row has a single one; raises `LiftError` for several labels"
+    cols = [c for c in dict.fromkeys(table.columns) if c not in taken and not _flag_side(c) and set(_texts(table[c])) <= {'0', '1', '0.0', '1.0'}]
+    if len(cols) < 2: return []
+    ones = sum((np.isin(_texts(table[c]), ['1', '1.0']).astype(int) for c in cols))
+    if (ones == 1).all(): return cols
+    raise LiftError(f'The columns {_examples(cols)} hold zeros and ones, but {int((ones != 1).sum())} rows have not a single 1; '
+        'name the column of the label with label_col')
 
-def _table_rows(table:pd.DataFrame, # with rows
-    cols:dict, # 'path', 'label', 'split' → the column's name, or None
-): # table of text with those columns, list of notes
-    "One row for each image; raises `LiftError` for rows without path or label, and for files with two labels"
-    rows = pd.DataFrame({k: [_as_text(v) for v in table[c]] for k, c in cols.items() if c is not None}, dtype=object)
-    rows['label'] = rows.label.map({l: _clean_name(l) for l in rows.label.unique()})
+# %% ../../nbs/data/05_tables.ipynb #88b5f148
+def _label_texts(table:pd.DataFrame, column, # name, or None for one-hot columns
+    taken, # names of columns that mean something else
+    given:bool, # did the user name it?
+)->np.ndarray: # of str
+    "Labels as text; raises `LiftError` for numbers with decimals"
+    if column is None:
+        cols = _one_hot(table, taken)
+        hot = np.stack([np.isin(_texts(table[c]), ['1', '1.0']) for c in cols], 1)
+        return np.array([_clean_name(c) for c in cols], dtype=object)[hot.argmax(1)]
+    codes, found = pd.factorize(_texts(table[column]))
+    words = [_clean_name(v) for v in found]
+    numbers = [w for w in words if w]
+    if numbers and all(re.fullmatch(r'-?\d+(\.\d*)?', w) for w in numbers):
+        parts = [w for w in numbers if w.partition('.')[2].strip('0')]
+        if parts and not (given and len(words)*2 < len(table)):
+            raise LiftError(f"The column '{_printable(column)}' holds numbers with decimals, such as {parts[0]}; "
+                'classes are words or whole numbers, name their column with label_col')
+        if not parts: words = [w.partition('.')[0] for w in words]
+    return np.array(words, dtype=object)[codes]
+
+def _unlabelled(rows:pd.DataFrame, # path, label and perhaps split
+    column, # name of the split's column
+    skip:bool, # leave out rows without label?
+): # rows with path and label, list of notes
+    "Leave out test rows without label; raises `LiftError` for other rows that lack something"
+    none = rows.label == ''
+    if none.any() and column is not None and not skip:
+        skip = all(_split_of(w, column) in ('test', 'valid') for w in rows.split[none].unique())
     for k in ('path', 'label'):
         bad = np.where(rows[k] == '')[0]
-        if len(bad): raise LiftError(f'{len(bad)} of {len(rows)} rows have no {k}; the first is row {bad[0]+1}')
-    once, pairs = rows.drop_duplicates(), rows[['path', 'label']].drop_duplicates()
-    torn = [f"'{p}' ({', '.join(ls)})" for p, ls in pairs[pairs.path.duplicated(keep=False)].groupby('path').label]
-    if torn: raise LiftError(f'A file can have one label only; {len(torn)} have more: {_examples(torn, 3)}')
-    return once, _notes_about('Rows that repeat another, left out', sorted(set(rows.path[rows.duplicated()])))
+        if len(bad) and not skip: raise LiftError(f'{len(bad)} of {len(rows)} rows have no {k}; the first is row {bad[0]+1}; '
+            'remove these rows, or leave them out with skip_corrupt=True')
+    kept = rows[(rows.label != '') & (rows.path != '')]
+    if not len(kept): raise LiftError(f'None of the {len(rows)} rows has a path and a label')
+    left = rows.path[(rows.label == '') | (rows.path == '')]
+    return kept, _notes_about('Rows without path or label, left out', [p or 'no path' for p in left])
 
-def _find_file(root, # folder where relative paths start
-    path:str, # of the table
-)->Path|None: # None when there is no such file
-    "The file that a path means, in the Unicode form in which the disk has it"
-    for form in (path, normalize('NFC', path), normalize('NFD', path)):
-        if os.path.exists(f := os.path.join(root, form)): return Path(f)
+# %% ../../nbs/data/05_tables.ipynb #4e04afcf
+def _table_rows(table:pd.DataFrame, # with rows
+    cols:dict, # 'path', 'label', 'split', 'group', 'fold' → the column's name, or None
+    given:bool=False, # did the user name the label's column?
+    skip:bool=False, # leave out rows without path or label?
+): # table of text with those columns, list of notes
+    "One row for each image; raises `LiftError` for rows without path or label"
+    texts = {k: _texts(table[c]) for k, c in cols.items() if c is not None and k != 'label'}
+    taken = [c for c in cols.values() if c is not None]
+    rows = pd.DataFrame(dict(texts, label=_label_texts(table, cols['label'], taken, given)), dtype=object)
+    return _unlabelled(rows, cols['split'], skip)
+
+def _once(rows:pd.DataFrame, # path, label, file …
+): # the same with each file once, list of notes
+    "Drop rows that repeat another; raises `LiftError` for a file with two labels, or on two sides of the split"
+    pairs = rows[['file', 'label']].drop_duplicates()
+    torn = pairs[pairs.file.duplicated(keep=False)]
+    if len(torn):
+        said = [f"'{rows.path[g.index[0]]}' ({', '.join(g.label)})" for _, g in torn.groupby('file')]
+        raise LiftError(f'A file can have one label only; {len(said)} have more: {_examples(said, 3)}')
+    facts = [k for k in ('file', 'split', 'group', 'fold') if k in rows]
+    once = rows.drop_duplicates(facts)
+    return once, _notes_about('Rows that repeat another, left out', sorted(set(rows.path[rows.duplicated(facts)])))
+
+# %% ../../nbs/data/05_tables.ipynb #5ca0f779
+def _spellings(path:str):
+    "The ways in which a path may be written on the disk, one after the other"
+    yield path
+    for p in dict.fromkeys((path.strip(), path.strip().replace('\\', '/'))):
+        yield from (p, normalize('NFC', p), normalize('NFD', p))
+
+class _Files:
+    "The files below a folder; each subfolder is listed once, when it is asked for"
+    def __init__(self, root): self.root, self.listed, self.stems = str(root), {}, {}
+    def names(self, folder:str)->set: # below the root
+        if folder not in self.listed:
+            try:
+                with os.scandir(os.path.join(self.root, folder) or '.') as entries: self.listed[folder] = {e.name for e in entries if e.is_file()}
+            except (OSError, ValueError): self.listed[folder] = set()
+        return self.listed[folder]
+    def with_suffix(self, folder:str)->dict: # stem → names of images
+        if folder not in self.stems:
+            self.stems[folder] = {}
+            for n in filter(_is_image, self.names(folder)): self.stems[folder].setdefault(os.path.splitext(n)[0], []).append(n)
+        return self.stems[folder]
+    def find(self, path:str # of a table
+    )->str|None: # None when there is no such file, or no single one
+        for folder, name in map(os.path.split, _spellings(path)):
+            if name in self.names(folder): return os.path.normpath(os.path.join(self.root, folder, name))
+            if len(found := self.with_suffix(folder).get(name, [])) == 1: return os.path.normpath(os.path.join(self.root, folder, found[0]))
+
+def _find_deeper(root, # folder of the table or of the user
+    paths, # bare names, none of which lies in the root itself
+)->list: # of paths, None for what is not found or found twice
+    "Look for names, with or without suffix, in all folders below a root"
+    by_name = {}
+    for f in _image_files(root)[0]:
+        for n in {os.path.basename(f), os.path.splitext(os.path.basename(f))[0]}: by_name.setdefault(n, []).append(f)
+    found = [by_name.get(p.strip(), []) for p in paths]
+    return [f[0] if len(f) == 1 else None for f in found]
+
+def _locate(paths, # (N,) of a table
+    root, # folder where relative paths start
+    deeper:bool, # look below the root too?
+): # list of N paths or None, list of notes
+    "The files that paths mean"
+    look = _Files(root)
+    found, notes = [look.find(p) for p in paths], []
+    if deeper and not any(found) and all(os.path.basename(p) == p for p in paths) and os.path.isdir(root):
+        found = _find_deeper(root, paths)
+        notes = _notes_about('Files found in folders below the root', [p for p, f in zip(paths, found) if f])
+    above = [p for p, f in zip(paths, found) if f and '..' in p and not f.startswith(os.path.normpath(root) + os.sep)]
+    return found, [*notes, *_notes_about(f"Files outside '{_printable(root)}'", above)]
 
 # %% ../../nbs/data/05_tables.ipynb #3b27681c
 def _split_of(word:str, # what a table says of a row
     column, # its column's name
-)->str: # a word of `_TRAIN` or `_TEST`, or ''
-    "Which part of the split a word means; in a column `is_valid` or `is_test` true and 1 mean the test set"
-    word = _clean_name(word).lower()
-    if str(column).lower().startswith('is_'): return dict(true='test', false='train').get({'1': 'true', '0': 'false'}.get(word, word), '')
-    return word if word in _TRAIN + _TEST else ''
+)->str: # 'train', 'test', 'valid' or ''
+    "Which part of the split a word means; in a column such as `is_train` or `is_valid` the name says what true and 1 mean"
+    flag, truth = _flag_side(column), _TRUTH.get(_clean_name(word).lower())
+    if flag and truth is not None: return flag if truth else 'test' if flag == 'train' else 'train'
+    side, rest = _split_word(word)
+    return '' if rest else side
 
 def _by_label(rows:pd.DataFrame)->dict: # label → paths
     "The files of each label"
@@ -94,47 +284,86 @@ def _table_parts(rows:pd.DataFrame, # label, file and perhaps split
 ): # label → training files, label → test files or None, list of notes
     "The rows of the two parts; raises `LiftError` when the words for them are not understood"
     if column is None: return _by_label(rows), None, []
-    sides = rows.split.map(lambda w: _split_of(w, column))
-    here, words = set(sides), sorted(set(rows.split))
-    if '' in here or not here & set(_TRAIN):
-        raise LiftError(f"The column '{column}' must say train or test (or {', '.join(_TEST[1:])}) in every row; "
-            f'it says {_examples(map(repr, words))}')
-    test = next((t for t in _TEST if t in here), None)
-    notes = _notes_about('Words of the split that were not used', sorted(here - {*_TRAIN, test}))
-    return _by_label(rows[sides.isin(_TRAIN)]), _by_label(rows[sides == test]) if test else None, notes
+    side_of = {w: _split_of(w, column) for w in rows.split.unique()}
+    sides = rows.split.map(side_of)
+    here = set(side_of.values())
+    if '' in here or 'train' not in here:
+        raise LiftError(f"The column '{_printable(column)}' must say train or test (or valid, val, validation, dev) in every row; "
+            f'it says {_examples(map(repr, sorted(side_of)))}; name another with split_col')
+    test = next((t for t in ('test', 'valid') if t in here), None)
+    both = sorted(set(rows.path[sides == 'train']) & set(rows.path[sides == test])) if test else []
+    if both: raise LiftError(f'{len(both)} files are in training and test rows: {_examples(both, 3)}; remove them from one')
+    notes = _notes_about('Words of the split that were not used', sorted(w for w, s in side_of.items() if s not in ('train', test)))
+    return _by_label(rows[sides == 'train']), _by_label(rows[sides == test]) if test else None, notes
+
+def _fold_parts(rows:pd.DataFrame, # label, file, fold
+    column, # name of the column of folds
+    fold:int, # to be tested
+): # as `_table_parts`
+    "The rows of one fold and of the others"
+    here, number = _in_order(rows.fold.unique()), str(fold)
+    if number not in here: raise LiftError(f"The column '{_printable(column)}' has the folds {_examples(here, 20)}, not {fold}")
+    tested = rows.fold == number
+    return _by_label(rows[~tested]), _by_label(rows[tested]), []
 
 # %% ../../nbs/data/05_tables.ipynb #ad807cb1
-@delegates(_assemble_data, but=['notes'])
-def from_table(table, # path of a .csv or .tsv file, or a `DataFrame`
+def _table_columns(table:pd.DataFrame, # with rows
+    fold, # of the user, or None
+    **given, # 'path', 'label', 'split', 'group' → name, or None
+): # kind → name or None, list of notes
+    "Which columns mean what, and the sentences that say so"
+    cols = {k: _column(table, k, c) for k, c in given.items()}
+    folds = [c for c in table.columns if _key(c) in ('fold', 'folds', 'kfold', 'cv_fold')]
+    cols['fold'] = folds[0] if folds and fold is not None and cols['split'] is None else None
+    said = [f"{k} from '{_printable(c)}'" for k, c in cols.items() if c is not None]
+    if cols['label'] is None: said.append('label from one-hot columns')
+    unused = folds if folds and cols['fold'] is None and folds[0] not in cols.values() else []
+    return cols, [f"Columns: {', '.join(said)}", *_notes_about('Columns of folds that were not used (fold says which is tested)', unused)]
+
+@delegates(_assemble_data, but=['notes', 'groups'])
+def from_table(table, # path of a .csv or .tsv file or of a list (.txt), or a `DataFrame`
     root=None, # folder where relative paths start; None: the table's
     path_col=None, # column of the paths; None: one of `_COLUMNS`
-    label_col=None, # column of the labels
+    label_col=None, # column of the labels; None: one of `_COLUMNS`, or one-hot columns
     split_col=None, # column that says which rows are for training
+    group_col=None, # column of what stays on one side of the split: patient, animal, camera
     name:str|None=None, # for reports; the file's name when not given
     **kwargs, # see `_assemble_data`
 )->LongTailData:
     "A data set from a table of paths and labels; raises `LiftError` for what the table lacks and for files that do not exist"
     file = None if isinstance(table, pd.DataFrame) else Path(os.path.expanduser(table))
-    table = _read_table(table if file is None else file)
-    root = Path(os.path.expanduser(root)) if root is not None else file.parent if file else Path()
-    cols = {k: _column(table, k, c) for k, c in dict(path=path_col, label=label_col, split=split_col).items()}
-    rows, notes = _table_rows(table, cols)
-    rows = rows.assign(file=[_find_file(root, p) for p in rows.path])
+    table, read = _read_table(table if file is None else file)
+    folder = Path(os.path.expanduser(root)) if root is not None else file.parent if file else Path()
+    cols, said = _table_columns(table, kwargs.get('fold'), path=path_col, label=label_col, split=split_col, group=group_col)
+    skip = kwargs.get('skip_corrupt', False)
+    rows, empty = _table_rows(table, cols, label_col is not None, skip)
+    files, where = _locate(rows.path.to_numpy(), folder, bool(root is not None or file))
+    rows = rows.assign(file=pd.array(files, dtype=object))
     lost = [f"'{p}'" for p in rows.path[rows.file.isna()]]
-    if lost and not kwargs.get('skip_corrupt'):
-        raise LiftError(f"{len(lost)} of {len(rows)} files do not exist below '{root}': {_examples(lost, 3)}; "
-            'name the folder where they lie with root')
-    rows, notes = rows.dropna(subset='file'), [*notes, *_notes_about('Files that do not exist, left out', lost)]
-    train, test, more = _table_parts(rows, cols['split'])
-    return _assemble_data(train, test, name or (file.stem if file else 'table'), root, [*notes, *more], **kwargs)
+    if lost and not skip: _refuse_lost(lost, len(rows), folder)
+    rows, twice = _once(rows.dropna(subset='file'))
+    train, test, more = _fold_parts(rows, cols['fold'], kwargs.pop('fold')) if cols['fold'] is not None else _table_parts(rows, cols['split'])
+    groups = dict(zip(rows.file, rows.group)) if cols['group'] is not None else None
+    notes = [*said, *read, *empty, *where, *_notes_about('Files that do not exist, left out', lost), *twice, *more]
+    return _assemble_data(train, test, name or (file.stem if file else 'table'), folder, notes, groups, **kwargs)
+
+def _refuse_lost(lost, # paths that no file has
+    n:int, # rows
+    folder, # where they were looked for
+):
+    "Raise a `LiftError` that says what may be wrong with paths"
+    bare = sum(not _is_image(p.strip("'").strip()) for p in lost)
+    why = ' (they have no suffix such as .jpg)' if bare == len(lost) else ' (with backslashes, as Windows writes them)' if '\\' in lost[0] else ''
+    raise LiftError(f"{len(lost)} of {n} files do not exist below '{_printable(folder)}': {_examples(lost, 3)}{why}; "
+        'name the folder where they lie with root, or leave them out with skip_corrupt=True')
 
 # %% ../../nbs/data/05_tables.ipynb #b3f22648
-def _from_path(path, # folder of images, or a .csv or .tsv file
+def _from_path(path, # folder of images, or a .csv or .tsv file, or a list (.txt)
     **kwargs, # see `from_folder` and `from_table`
 )->LongTailData:
     "The data set that a path stands for; raises `LiftError` when it is neither a folder nor a table"
     path = Path(os.path.expanduser(path))
     if os.path.isdir(path): return from_folder(path, **kwargs)
-    if path.suffix.lower() in ('.csv', '.tsv'): return from_table(path, **kwargs)
-    if os.path.exists(path): raise LiftError(f"'{path}' is neither a folder of images nor a table (.csv, .tsv)")
-    raise LiftError(f"There is no folder or table '{path}'")
+    if path.suffix.lower() in ('.csv', '.tsv', '.txt', '.lst', '.list'): return from_table(path, **kwargs)
+    if os.path.exists(path): raise LiftError(f"'{_printable(path)}' is neither a folder of images nor a table (.csv, .tsv) or a list (.txt)")
+    raise LiftError(f"There is no folder or table '{_printable(path)}'")
