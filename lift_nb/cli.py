@@ -203,7 +203,9 @@ def _carry_out(runs, dry:bool, folder, name:str, ray=None, gpus=None, against=No
     "List runs, or carry them out and show their table"
     if dry: return print(*(f'{n:30} {o}' for n, o in runs), f'{len(runs)} runs', sep='\n')
     gpus = _parse_value(gpus) if gpus else None
-    _show_table(reproduce.run_all(runs, folder, name, ray, gpus), Path(folder)/f'{name}.csv', against)
+    tidy = reproduce.run_all(runs, folder, name, ray, gpus)
+    _show_table(tidy, Path(folder)/f'{name}.csv', against)
+    reproduce._raise_if_failed(tidy)
 
 def _show_table(tidy, path, against=None):
     "The protocol, the table, and where the runs stand"
