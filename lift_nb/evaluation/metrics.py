@@ -121,7 +121,7 @@ def _shade_groups(ax, counts, at, many:int, few:int): # training images and plac
     for g, m in shot_groups(counts, many, few).items():
         if not m.any(): continue
         low, high = at[m].min(), at[m].max()
-        pad = (.5, .5) if at is not counts else (low*.06, high*.06)
+        pad = (.5, .5) if at is not counts else (low*.02, high*.02)
         ax.axvspan(low - pad[0], high + pad[1], color=_group_colors[g], alpha=.08, lw=0)
         middle = (low + high)/2 if at is not counts else (low*high)**.5
         ax.text(middle, 1.01, f'{g} ({m.sum()})', transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color=_group_colors[g])
@@ -146,7 +146,7 @@ def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent
     ax, names = ax or plt.subplots(figsize=(7, 3.6), layout='constrained')[1], [str(n) for n in (range(len(counts)) if class_names is None
         else class_names)]
     at = np.arange(len(counts)) if side_by_side else counts[order]
-    _shade_groups(ax, counts[order], at if side_by_side else counts[order], many, few) if side_by_side else _shade_groups(ax, at, at, many, few)
+    _shade_groups(ax, counts[order] if side_by_side else at, at, many, few)
     for i, (name, r) in enumerate(results.items()):
         acc = _accuracies(r)
         ax.plot(at, acc[order], 'osD^vPX*'[i % 8] + '-'*side_by_side, ms=5, lw=1.2, alpha=.8, label=f'{name} (mean {np.nanmean(acc):.1f})',
