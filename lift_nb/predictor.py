@@ -29,14 +29,13 @@ from .data.crops import CenterCrop, FiveCrops
 from .models.backbones import _check_backbone, create_backbone, _is_weights_file
 from .models.text import _is_template_file, _read_templates
 from .models.adapters import MaskedLinear
-from .models.surgery import _differences, load_trainable
-from .models.text_heads import TextHead, ZeroShotHead
-from .experiments.recipe import METHODS, Method, _check_modules, _check_value
-from .models.model import LiftModel
-from .learner import _assemble
+from .models.surgery import _differences, _scaled_adaptformers, load_trainable
+from .models.text_heads import ZeroShotHead
+from .experiments.recipe import _check_modules, _check_value
+from .models.model import LiftModel, assemble, set_precision
 
 # %% ../nbs/01_predictor.ipynb #31d31191
-_LAYOUT = 1
+_LAYOUT = 2 # 1: 0.1.0, the digest knew no classes, and AdaptFormer stood outside LayerScale
 _PACKAGES = ('lift_nb', 'torch', 'torchvision', 'fastai', 'timm', 'open_clip_torch', 'numpy')
 
 def _package_versions()->dict: # package → version
@@ -81,14 +80,29 @@ def _saved_buffers(model:LiftModel)->dict: # name → tensor
     "Buffers of the head, and which entries each `MaskedLinear` trains"
     return {n: b for n, b in model.named_buffers() if n.startswith('head.') or n.endswith('_at')}
 
-def _frozen_digest(model:LiftModel, # with its modules
-    tuned, # names of the trained tensors
-)->str: # hexadecimal digits
-    "Checksum of the weights and statistics that are not in the file"
-    h, own = hashlib.blake2b(digest_size=16), {*tuned, *_saved_buffers(model)}
-    for name, t in sorted((n, t) for n, t in model.state_dict().items() if n not in own):
+_DECIDING = 'num_heads eps approximate kernel_size stride padding dilation groups global_pool num_prefix_tokens'.split()
+
+def _module_tree(model:nn.Module)->list: # of (name, class, settings)
+    "What a network computes with its tensors: the classes of its modules, activations too, and their settings"
+    def kind(m): return type(m).__name__.removeprefix('_FirstToken')
+    return [(n, kind(m), *(str(getattr(m, s, None)) for s in _DECIDING)) for n, m in model.named_modules()]
+
+def _add_tensors(h, # of hashlib
+    tensors:dict, # name → tensor
+):
+    "Let a checksum depend on the names, types and contents of tensors"
+    for name, t in sorted(tensors.items()):
         h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
         if t.numel(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+def _frozen_digest(model:LiftModel, # with its modules
+    tuned, # names of the trained tensors
+    layout:int=_LAYOUT, # of the file
+)->str: # hexadecimal digits
+    "Checksum of the network and of the weights and statistics that are not in the file"
+    h, own = hashlib.blake2b(digest_size=16), {*tuned, *_saved_buffers(model)}
+    if layout > 1: h.update(repr(_module_tree(model)).encode())
+    _add_tensors(h, {n: t for n, t in model.state_dict().items() if n not in own})
     return h.hexdigest()
 
 def _description(learn:Learner, # of `lift_plus_learner`
@@ -98,7 +112,7 @@ def _description(learn:Learner, # of `lift_plus_learner`
     made, m = learn.made_of, learn.model
     parts = {k: _as_plain(_as_written(v) if k == 'template' else v) for k, v in made['parts'].items() if k in _FIELDS['parts']}
     parts |= dict(precision=m.precision, frozen_precision=m.frozen_precision)
-    method = {k: _as_plain(getattr(learn.method, k)) for k in _FIELDS['method']}
+    method = {k: _as_plain(getattr(learn.recipe, k)) for k in _FIELDS['method']}
     names, classes = ([str(c) for c in cs] for cs in (made['names'], learn.dls.vocab))
     return dict(layout=_LAYOUT, backbone=_as_plain(made['backbone']), weights=learn.backbone.weights, digest=_frozen_digest(m, tuned),
         method=method, parts=parts, names=names, classes=classes, counts=learn.counts.tolist(), images=_image_settings(learn))
@@ -214,7 +228,7 @@ def _rebuild(about:dict, tensors:dict, # of `_read_lift`
     if m['head'] == 'zero_shot': m['head'] = _zero_shot_from(tensors)
     elif _is_template_file(parts.get('template')): raise LiftError(f"The prompts of this model stand in '{parts['template']}'; pass them as template")
     b = create_backbone(**source)
-    return _assemble(b, Method(**{**vars(METHODS['lift+']), **m}), about['names'], device, **parts, init='none')
+    return assemble(b, about['names'], device, **m, **parts, init='none')
 
 # %% ../nbs/01_predictor.ipynb #b61fd2c8
 def _split_state(tensors:dict, # of a file: name → tensor
@@ -242,19 +256,20 @@ def _set_compute_precision(model:LiftModel, # loaded
     "The model with all weights in float32, computing in this precision"
     model.float()
     model.frozen_precision = 'fp32'
-    for m in (model, model.head):
-        if isinstance(m, (LiftModel, TextHead)): m.precision = precision
-    return model
+    return set_precision(model, precision)
 
 # %% ../nbs/01_predictor.ipynb #42834fbc
 def _check_frozen_weights(model:LiftModel, # with its modules
     tuned, # names of the trained tensors
     about:dict, # what the file says
 ):
-    "Raise `LiftError` for other frozen weights than the trained tensors belong to"
-    found = _frozen_digest(model, tuned)
+    "Raise `LiftError` for another network or other frozen weights than the trained tensors belong to"
+    if about['layout'] == 1 and (inside := _scaled_adaptformers(model)):
+        raise LiftError(f'This model was trained by lift_nb 0.1.0, whose AdaptFormer stood outside LayerScale ({inside[0]} …); '
+                        'here it would compute something else: train it again, or use that version')
+    found = _frozen_digest(model, tuned, about['layout'])
     if found != about['digest']:
-        raise LiftError(f"The frozen weights are not those that this model was trained on ({about.get('weights')}): their checksum is "
+        raise LiftError(f"The frozen weights are not those that this model was trained on ({about.get('weights')}), or the network is another: their checksum is "
             f"{found[:12]}, not {about['digest'][:12]}; pass their file as checkpoint, or the network as backbone")
 
 def _load_tensors(model:LiftModel, # without trained tensors
