@@ -14,7 +14,7 @@ from lift_nb.data.lists import _clean_name, _in_order, _name_classes
 from lift_nb.data.folders import from_folder, make_long_tailed
 from lift_nb.data.tables import _from_path, from_table
 from lift_nb.data.images import _all_image_facts, _image_facts_once, open_image
-from lift_nb.data.inspection import _data_job, inspect, _meaningless_names
+from lift_nb.data.inspection import _print_report, inspect, _meaningless_names
 from lift_nb.learner import lift_plus_learner
 
 few = settings(max_examples=20, deadline=None)
@@ -202,7 +202,7 @@ def test_heic(tmp_path):
 
 def test_data_job(odd, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    _data_job(str(odd), 'tiny', '5')
+    _print_report(str(odd), tiny=5)
     said = capsys.readouterr().out
     assert 'cannot be read (4)' in said and 'Very small' not in said and str(tmp_path/'output/data_my-föld-er.png') in said
     assert Image.open(tmp_path/'output/data_my-föld-er.png').width > 500

@@ -195,37 +195,12 @@ def plot_report(r:DataReport, # to be drawn
     ax.legend()
     return ax
 
-# %% ../../nbs/data/07_inspection.ipynb #27776519
-def _read_words(path, # folder, table, or a name of `DATASETS`
-    words, # key value key value …
-)->dict: # options of `inspect`
-    "Words of the command line as options; raises `LiftError` for unknown ones"
-    path = Path(os.path.expanduser(path))
-    read = DATASETS.get(str(path)) or (from_folder if os.path.isdir(path) else from_table if os.path.exists(path)
-        else _lookup(DATASETS, str(path), 'data set, folder or table'))
-    known = {k: p.default for f in (inspect, read) for k, p in signature(f).parameters.items()}
-    known = {k: d for k, d in known.items() if k not in ('data', 'path', 'table', 'kwargs', 'classes')} | dict(classes=None)
-    for k in words[::2]:
-        if k not in known: raise LiftError(f'Unknown option {k!r}; choose from {_nearest(k, known)}')
-    if len(words) % 2: raise LiftError(f'Option {words[-1]!r} has no value')
-    return {k: _read_word(k, v, known[k]) for k, v in zip(words[::2], words[1::2])}
-
-def _read_word(key:str, # of the option
-    text:str, # as typed
-    default, # whose type the value gets
-):
-    "The value of an option; raises `LiftError` when it is not of its type"
-    def truth(t): return dict(true=True, false=False)[t.lower()]
-    kind = truth if isinstance(default, bool) else type(default) if isinstance(default, (int, float)) else str
-    try: return kind(text)
-    except (KeyError, ValueError): raise LiftError(f'Option {key!r} must be {type(default).__name__}, not {text!r}') from None
-
 # %% ../../nbs/data/07_inspection.ipynb #5743cb24
-def _data_job(path, # folder, table, or a name of `DATASETS`
-    *words, # key value key value …
+def _print_report(data, # folder, table, or a name of `DATASETS`
+    **options, # of `inspect`
 ):
     "Print what a data set holds; its picture is output/data_<name>.png"
-    report = inspect(path, **_read_words(path, words))
+    report = inspect(data, **options)
     file = Path('output')/f'data_{"".join(c if c.isalnum() or c in "._+-@=" else "-" for c in report.data.name)}.png'
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ from ..training.checkpoints import _random_state, _set_random_state
 from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
 from ..evaluation.metrics import group_metrics
-from .recipe import Recipe, resolve
+from .recipe import Recipe, _kind, resolve
 
 # %% ../../nbs/experiments/01_build.ipynb #2ed77d57
 def _choose_device(name, # 'cpu', 'cuda', 'cuda:1', a torch device, or None
@@ -59,13 +59,19 @@ def _choose_device(name, # 'cpu', 'cuda', 'cuda:1', a torch device, or None
     return device
 
 # %% ../../nbs/experiments/01_build.ipynb #b13ffbb4
-_DATA_OPTIONS = ('lists', 'split', 'path_col', 'label_col', 'split_col', 'test_pct', 'skip_corrupt')
+_DATA_OPTIONS = ('lists', 'split', 'path_col', 'label_col', 'split_col', 'group_col', 'group_by', 'test_pct', 'fold', 'max_value', 'skip_corrupt')
 
 def _load(r:Recipe # resolved
 )->LongTailData:
     "Return the images of a recipe; raises `LiftError` for options that this kind of data does not have"
-    options = {k: getattr(r, k) for k in _DATA_OPTIONS if getattr(r, k)}
+    options = {k: getattr(r, k) for k in _DATA_OPTIONS if getattr(r, k) not in (None, False)}
+    if r.fold is not None: options['n_folds'] = r.n_folds
+    if r.class_names is not None and _reads_names(r): options['class_names'] = r.class_names
     return load_data(r.data, r.root, **options)
+
+def _reads_names(r:Recipe)->bool:
+    "Return whether the reader of the data gives the classes their names: they are called by folders or words of a table"
+    return _kind(r.data) in ('folder', 'table')
 
 def _given_names(given, # list, dict, array or path
     classes, # C names of the data
@@ -257,7 +263,7 @@ def _inputs(r:Recipe, # resolved
 
 def _names(r, data, dls)->list: # C class names for the prompts
     classes = list(data.classes if data else map(str, dls.vocab))
-    return classes if r.class_names is None else _given_names(r.class_names, classes)
+    return classes if r.class_names is None or _reads_names(r) else _given_names(r.class_names, classes)
 
 def _build(r:Recipe, # resolved
     inputs:tuple|None=None, # of `_inputs`; None: they are made

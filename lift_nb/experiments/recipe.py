@@ -119,6 +119,8 @@ _ON_DISK = (_data_is('named', 'benchmark', 'table'), 'a named data set or a tabl
 _LISTS = (_data_is('benchmark'), 'a benchmark with split lists (imagenet_lt, places_lt, inat2018 …)')
 _OWN = (_data_is('folder', 'table'), 'a folder or a table of your own images')
 _TABLE = (_data_is('table'), 'a table of images')
+_FOLDER = (_data_is('folder'), 'a folder of images')
+_FOLDED = (lambda r: r.fold is not None, 'cross-validation (fold)')
 _TTE = (lambda r: r.tte, 'test-time ensembling (tte)')
 
 # %% ../../nbs/experiments/00_recipe.ipynb #97414d2e
@@ -148,9 +150,14 @@ class _Source:
     path_col: str|None = _setting(None, 'Data', "column of a table with the images' paths; none: recognized", needs=_TABLE)
     label_col: str|None = _setting(None, 'Data', 'column of a table with the labels; none: recognized', needs=_TABLE)
     split_col: str|None = _setting(None, 'Data', 'column of a table that says train or test; none: recognized', needs=_TABLE)
+    group_col: str|None = _setting(None, 'Data', 'column of what stays on one side of the split: patient, animal, camera', needs=_TABLE)
+    group_by: str|None = _setting(None, 'Data', "what stays on one side of the split of a folder: 'folder', or a pattern in the path", needs=_FOLDER)
     class_names: object = _setting(None, 'Data', 'class names for the prompts: a list, a dict from folder to name, or a file of them')
     test_pct: float|None = _setting(None, 'Data', 'part of the images that becomes the test set; none: 0.2, or what the data say', _FRACTION,
         needs=_OWN)
+    fold: int|None = _setting(None, 'Data', 'number of the fold that is tested, instead of test_pct', _NOT_NEGATIVE, needs=_OWN)
+    n_folds: int = _setting(5, 'Data', 'folds of cross-validation', (lambda v: v > 1, 'at least 2'), needs=(_OWN, _FOLDED))
+    max_value: float|None = _setting(None, 'Data', 'value of white in images of more than 8 bits; none: 65535', _POSITIVE, needs=_OWN)
     skip_corrupt: bool = _setting(False, 'Data', 'leave out images that cannot be read?', needs=_OWN)
     many: int = _setting(100, 'Data', 'a class with more training images is many-shot', _POSITIVE)
     few: int = _setting(20, 'Data', 'a class with fewer training images is few-shot', _POSITIVE)
