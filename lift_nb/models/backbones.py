@@ -6,7 +6,9 @@
 __all__ = ['BACKBONES', 'Backbone', 'blocks', 'choose_attention', 'tiny_clip', 'create_backbone']
 
 # %% ../../nbs/models/02_backbones.ipynb #e9ec54e9
-import logging, math, os, re, socket
+import logging, math, os, re, socket, sys, warnings
+from argparse import Namespace
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +21,11 @@ import torch
 import open_clip
 import torch.nn.functional as F
 from huggingface_hub import constants
+from safetensors.torch import load_file
 from torch import nn, Tensor
 from timm.data import resolve_model_data_config
 from timm.layers import Attention, AttentionPool2d, LayerNorm, QuickGELU, get_act_layer, resample_abs_pos_embed
-from timm.models import byobnet, load_state_dict, vision_transformer
+from timm.models import byobnet, vision_transformer
 from timm.models.beit import Block as BeitBlock
 from timm.models.byobnet import BottleneckBlock, ByobNet, ByoBlockCfg, ByoModelCfg
 from timm.models.cait import LayerScaleBlock
@@ -168,13 +171,152 @@ BACKBONES = {
 }
 
 # %% ../../nbs/models/02_backbones.ipynb #5992ceb8
-def _read_weights(path, # .safetensors, or .pt/.pth of plain tensors
-)->dict: # name → tensor
-    "State dict of a file; nothing in the file is executed. Raises `LiftError` when it is not one"
+def _read_checkpoint(path, # .safetensors, or a file of `torch.save`
+)->dict: # as it is in the file, perhaps nested
+    "Load a file of tensors; nothing in it is executed. Raises `LiftError` when it is not one"
     if not os.path.isfile(path): raise LiftError(f"There is no file of weights '{path}'")
-    try: return load_state_dict(str(path))
+    try:
+        if str(path).endswith('.safetensors'): return load_file(path)
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(): # training programs keep their options beside the weights
+            warnings.simplefilter('ignore')
+            found = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+    else:
+        if isinstance(found, dict): return found
+        reason = f'it holds a {type(found).__name__}'
     raise LiftError(f"'{path}' is not a file of plain tensors ({reason}); save the model's state_dict as safetensors and give that file")
+
+_CONTAINERS = ('state_dict_ema', 'model_ema', 'teacher', 'state_dict', 'model', 'model_state_dict', 'weights', 'net', 'network', 'backbone', 'encoder',
+    'module', 'params', 'student') # of several that fit, the first: averaged weights before others
+
+def _state_dicts(found:dict, # of `_read_checkpoint`
+)->dict: # name of the container → state dict
+    "Find every dictionary of tensors in a checkpoint, one or two levels deep"
+    def tensors(d): return {k: v for k, v in d.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    known = sorted((k for k in found if isinstance(found[k], dict)), key=lambda k: _CONTAINERS.index(k) if k in _CONTAINERS else len(_CONTAINERS))
+    inner = {f'{k}.{n}'.rstrip('.'): d for k in known for n, d in {'': found[k], **found[k]}.items() if isinstance(d, dict)}
+    return {k: t for k, d in {'': found, **inner}.items() if (t := tensors(d))}
+
+def _read_weights(path, # .safetensors, or a file of `torch.save`
+)->dict: # name → tensor
+    "State dict of a CLIP's file, in OpenAI's naming whatever the container, prefix or library"
+    dicts = _state_dicts(_read_checkpoint(path))
+    if not dicts: raise LiftError(f"There are no tensors in '{path}'")
+    for sd in dicts.values():
+        sd = _openai_names(sd)
+        prefix = next((k.removesuffix(n) for k in sd for n in ('visual.conv1.weight', 'visual.layer1.0.conv1.weight') if k.endswith(n)), None)
+        if prefix is not None: return {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
+    return next(iter(dicts.values()))
+
+
+# %% ../../nbs/models/02_backbones.ipynb #1905a255
+_HF_TOP = (('embeddings.cls_token', 'cls_token'), ('embeddings.mask_token', 'mask_token'), ('embeddings.register_tokens', 'reg_token'),
+    ('embeddings.position_embeddings', 'pos_embed'), ('embeddings.patch_embeddings.projection', 'patch_embed.proj'), ('layernorm', 'norm'))
+_HF_BLOCK = (('attention.attention.query', 'attn.q'), ('attention.attention.key', 'attn.k'), ('attention.attention.value', 'attn.v'),
+    ('attention.output.dense', 'attn.proj'), ('layernorm_before', 'norm1'), ('layernorm_after', 'norm2'), ('intermediate.dense', 'mlp.fc1'),
+    ('output.dense', 'mlp.fc2'), ('layer_scale1.lambda1', 'ls1.gamma'), ('layer_scale2.lambda1', 'ls2.gamma'))
+_HF_CLIP = (('visual_projection.weight', 'visual.proj'), ('text_projection.weight', 'text_projection'),
+    ('vision_model.embeddings.class_embedding', 'visual.class_embedding'), ('vision_model.embeddings.patch_embedding', 'visual.conv1'),
+    ('vision_model.embeddings.position_embedding.weight', 'visual.positional_embedding'), ('vision_model.pre_layrnorm', 'visual.ln_pre'),
+    ('vision_model.post_layernorm', 'visual.ln_post'), ('vision_model.encoder.layers', 'visual.transformer.resblocks'),
+    ('text_model.embeddings.token_embedding', 'token_embedding'), ('text_model.embeddings.position_embedding.weight', 'positional_embedding'),
+    ('text_model.final_layer_norm', 'ln_final'), ('text_model.encoder.layers', 'transformer.resblocks'))
+_HF_CLIP_BLOCK = (('self_attn.q_proj', 'attn.q'), ('self_attn.k_proj', 'attn.k'), ('self_attn.v_proj', 'attn.v'), ('self_attn.out_proj', 'attn.out_proj'),
+    ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj'))
+
+def _renamed(name:str, table)->str: # pairs of theirs and ours
+    "Exchange what a name begins with, by the first row that fits"
+    return next((ours + name[len(theirs):] for theirs, ours in table if name == theirs or name.startswith(theirs + '.')), name)
+
+def _fused(sd:dict, # with `attn.q`, `attn.k`, `attn.v`
+    fused:str, # as 'attn.qkv.'
+)->dict:
+    "Lay query, key and value one upon the other"
+    parts = {k: [sd.get(k.replace('attn.q.', f'attn.{p}.')) for p in 'qkv'] for k in sd if '.attn.q.' in k}
+    whole = {k.replace('attn.q.', fused): torch.cat(p) for k, p in parts.items() if all(t is not None and t.ndim for t in p)}
+    return {**{k: v for k, v in sd.items() if not re.search(r'\.attn\.[qkv]\.', k)}, **whole}
+
+def _openai_names(sd:dict)->dict:
+    "Translate Hugging Face's names of a CLIP into OpenAI's; other names stay"
+    prefix = next((k.split('vision_model.')[0] for k in sd if 'vision_model.embeddings.patch_embedding' in k), None)
+    if prefix is None: return sd
+    sd = {_renamed(k.removeprefix(prefix), _HF_CLIP): v for k, v in sd.items() if k.startswith(prefix) and 'position_ids' not in k}
+    sd = {(m[1] + _renamed(m[2], _HF_CLIP_BLOCK) if (m := re.match(r'(.*resblocks\.\d+\.)(.*)', k)) else k): v for k, v in sd.items()}
+    return {k: v.T if k in ('visual.proj', 'text_projection') else v for k, v in _fused(sd, 'attn.in_proj_').items()}
+
+def _timm_names(sd:dict)->dict:
+    "Translate Hugging Face's names of a ViT or DINOv2 into timm's, of a CLIP into OpenAI's; other names stay"
+    start = 'embeddings.patch_embeddings.projection.weight'
+    prefix = next((k.removesuffix(start) for k in sd if k.endswith(start)), None)
+    if prefix is None: return _openai_names(sd)
+    found = {_renamed(k.removeprefix(prefix), _HF_TOP): v for k, v in sd.items()}
+    block = r'encoder\.layer\.(\d+)\.(.*)'
+    found = {(f'blocks.{m[1]}.{_renamed(m[2], _HF_BLOCK)}' if (m := re.match(block, k)) else k): v for k, v in found.items()}
+    return _fused(found, 'attn.qkv.')
+
+# %% ../../nbs/models/02_backbones.ipynb #ffc704c3
+_HEADS = re.compile(r'(^|\.)(heads?|head_dist|fc|classifier|classif|pooler|projector|projection_head|mlp_head|mask_token|pre_logits)(\.|$)')
+_UNNEEDED = re.compile(r'num_batches_tracked$|relative_position_index$|attn_mask$') # made anew by every network
+
+def _prefixes(sd:dict, # name → tensor
+    n:int, # tensors of the network
+)->list:
+    "What many names begin with, up to four words; first those of averaged weights"
+    counts = Counter('.'.join(k.split('.')[:i]) + '.' for k in sd for i in range(1, min(5, k.count('.') + 1)))
+    many = [p for p, c in counts.items() if c >= n/2]
+    return ['', *sorted(many, key=lambda p: (not re.search('ema|teacher', p), 'student' in p, p.count('.')))]
+
+def _filtered(sd:dict, model:nn.Module)->dict:
+    "What timm's reader of foreign names makes of a state dict for this network"
+    module = sys.modules[type(model).__module__]
+    f = getattr(module, 'checkpoint_filter_fn', getattr(module, '_filter_fn', None))
+    if f is None: return sd
+    if module is vision_transformer: f = partial(f, adapt_layer_scale=True)
+    try: return f(sd, model)
+    except Exception: return sd # names of another network
+
+def _misfits(ours:dict, # name → tensor of the network
+    sd:dict, # name → tensor, in a reading
+    text:bool, # may a text tower lie beside?
+)->list: # phrases: missing, left over, of another shape
+    "What keeps a state dict from being the network's"
+    extra = [k for k in sd if k not in ours and not _HEADS.search(k) and not _UNNEEDED.search(k)]
+    if text: extra = [k for k in extra if not k.startswith(('transformer.', 'token_embedding.', 'positional_embedding', 'ln_final', 'text', 'logit_'))]
+    shapes = [f'{k} has shape {tuple(sd[k].shape)}, not {tuple(v.shape)}' for k, v in ours.items() if k in sd and sd[k].shape != v.shape]
+    return [*(f'missing {k}' for k in ours if k not in sd and not _UNNEEDED.search(k)), *shapes, *(f'left over {k}' for k in extra)]
+
+def _readings(found:dict, model:nn.Module): # yields container and prefix, state dict, before timm read it
+    "Every way to read a checkpoint: each container, each prefix, as it is and translated"
+    n = len(model.state_dict())
+    for where, sd in _state_dicts(found).items():
+        for prefix in _prefixes(sd, min(n, len(sd))):
+            part = {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
+            yield f'{where}:{prefix}'.strip(':'), _timm_names(part)
+
+def _load_exactly(model:nn.Module, # as the checkpoint's; its weights are replaced
+    found:dict, # of `_read_checkpoint`
+    name:str, # of the backbone, for the message
+    text:bool=False, # may a text tower lie beside?
+)->dict: # the state dict that was read
+    "Load the reading of a checkpoint that fits; raises `LiftError` with the nearest one when none does"
+    ours, nearest = model.state_dict(), None
+    patch = ours.get('patch_embed.proj.weight')
+    for where, sd in _readings(found, model):
+        new = _filtered(sd, model)
+        wrong = _misfits(ours, new, text)
+        raw = sd.get('patch_embed.proj.weight')
+        if raw is not None and patch is not None and raw.ndim == 4 and raw.shape != patch.shape:
+            wrong = [f'patch_embed.proj.weight has shape {tuple(raw.shape)}, not {tuple(patch.shape)}', *wrong]
+        if not wrong:
+            model.load_state_dict({k: v for k, v in new.items() if k in ours}, strict=False)
+            return sd
+        if nearest is None or len(wrong) < len(nearest[1]): nearest = where, wrong
+    if nearest is None: raise LiftError(f"There are no tensors in the checkpoint for '{name}'")
+    where, wrong = nearest
+    kinds = [f"{len(w)} {w[0].split()[0] if w[0].startswith('missing') else 'left over' if w[0].startswith('left') else 'of another shape'}"
+             for w in ([x for x in wrong if x.startswith('missing')], [x for x in wrong if x.startswith('left over')], [x for x in wrong if ' has shape ' in x]) if w]
+    raise LiftError(f"The checkpoint does not fit '{name}' ({', '.join(kinds)} of {len(ours)}{f', read below {where!r}' if where else ''}): "
+                    + '; '.join(wrong[:4])[:300])
 
 # %% ../../nbs/models/02_backbones.ipynb #9be945cb
 def _n_heads(width:int, # of a CLIP's tower
@@ -339,25 +481,32 @@ def _unreachable(name, source, e):
     return LiftError(f"The weights of '{name}' ({source}) could not be fetched ({type(e).__name__}); "
                      "download the file where there is a network and give it as `checkpoint` (safetensors or a state dict)")
 
+def _timm_config(name:str): # timm's name, perhaps with a tag
+    "timm's description of some weights; raises `LiftError` for a tag that it does not know"
+    try: return timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        arch, _, tag = name.partition('.')
+        raise LiftError(f'timm knows no weights {tag!r:.80} of {arch!r:.80}; choose from '
+                        f'{_nearest(tag, [n.partition(".")[2] for n in timm.list_pretrained(arch + ".*")])}') from None
+
 def _timm_model(name:str, # for messages
     row:_BackboneRow, # timm's name and the rest
-    sd:dict|None, # state dict instead of a download
+    found:dict|None, # of `_read_checkpoint`, instead of a download
     pretrained:bool, # load weights at all?
     resolution:int|None, # pixels, when not that of the weights
 )->nn.Module:
-    "Create a timm model, with weights from `sd`, from timm's hub, or random"
-    size, cfg = resolution or row.resolution, timm.get_pretrained_cfg(row.timm)
+    "Create a timm model, with weights from `found`, from timm's hub, or random"
+    size, cfg = resolution or row.resolution, _timm_config(row.timm)
     kwargs = dict(img_size=size) if size and cfg.fixed_input_size and cfg.classifier != 'head.proj' else {} # an attention pool is resized below
     if not row.text: kwargs['num_classes'] = 0
-    if sd: kwargs['pretrained_cfg_overlay'] = dict(state_dict=sd)
+    fetch = pretrained and found is None
     try:
-        with _quiet_hub() if pretrained and not sd else nullcontext(): model = timm.create_model(row.timm, pretrained=pretrained or bool(sd), **kwargs)
-    except (RuntimeError, KeyError, AttributeError) as e:
-        if not sd: raise _unreachable(name, f'timm {row.timm}', e) from None
-        raise LiftError(f"The checkpoint does not fit '{name}' (timm {row.timm}): {' '.join(str(e).split())[:300]}") from None
+        with _quiet_hub() if fetch else nullcontext(): model = timm.create_model(row.timm, pretrained=fetch, **kwargs)
     except Exception as e: raise _unreachable(name, f'timm {row.timm}', e) from None
+    if found is not None: _load_exactly(model, found, name, bool(row.text))
     _resize_pool(model, size)
     return model
+
 
 # %% ../../nbs/models/02_backbones.ipynb #87c05155
 def _timm_backbone(name:str, # as asked for
@@ -367,8 +516,8 @@ def _timm_backbone(name:str, # as asked for
     resolution:int|None=None, # pixels
 )->Backbone:
     "A backbone that timm makes, with the facts of its weights"
-    sd = _read_weights(checkpoint) if checkpoint else None
-    model = _timm_model(name, row, sd, pretrained, resolution)
+    model = _timm_model(name, row, _read_checkpoint(checkpoint) if checkpoint else None, pretrained, resolution)
+    sd = _read_weights(checkpoint) if checkpoint and row.text else None
     cfg = resolve_model_data_config(model)
     proj = _take_projection(model) if row.text and isinstance(model, VisionTransformer) else None
     text = sd if row.text and sd and any(k.startswith('token_embedding.') for k in sd) else row.text
