@@ -7,6 +7,7 @@ __all__ = ['save_lift', 'load_lift', 'Predictor']
 
 # %% ../nbs/01_predictor.ipynb #fa27f37a
 import hashlib, os, platform
+from io import BytesIO
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -314,15 +315,43 @@ def load_lift(path, # what `save_lift` wrote, or the folder of a run
     return Predictor(model.eval() if precision is None else _set_compute_precision(model.eval(), precision), about)
 
 # %% ../nbs/01_predictor.ipynb #4e2615eb
-def _list_images(images)->list: # of paths, arrays or PIL images
+def _is_one(x)->bool:
+    "Is it a single image that is no array: a path, a PIL image, the bytes of a file or an open file?"
+    return isinstance(x, (str, os.PathLike, Image.Image, bytes, bytearray)) or hasattr(x, 'read')
+
+def _split_array(x)->list: # of (H, W) or (H, W, C) arrays
+    "The images of an array or tensor; raises `LiftError` for a shape that can be read in two ways"
+    tensor, x = isinstance(x, torch.Tensor), np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x)
+    first, last = (x.ndim > 2 and n in (1, 3, 4) for n in (x.shape[-3] if x.ndim > 2 else 0, x.shape[-1] if x.ndim else 0))
+    if x.ndim == 4 and (first or last): return list(x if last else x.transpose(0, 2, 3, 1))
+    if x.ndim == 2 or x.ndim == 3 and last: return [x]
+    if x.ndim == 3 and first and (tensor or len(x) == 1): return [x.transpose(1, 2, 0)]
+    if x.ndim == 3 and not first: return list(x)
+    raise LiftError(f'An array of shape {x.shape} is no image and no row of images; give (H, W[, C]), (N, H, W) or (N, H, W, C)')
+
+def _list_images(images)->list: # of paths, PIL images, bytes, open files, or (H, W[, C]) arrays
     "One image, several, or those of a folder"
     if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
         found = sorted(map(str, _image_files(Path(images))[0]))
         if not found: raise LiftError(f"There is no image in '{images}'")
         return found
-    one = isinstance(images, (str, os.PathLike, Image.Image)) or isinstance(images, np.ndarray) and images.ndim < 4
-    try: return [images] if one else list(images)
-    except TypeError: raise LiftError(f'Images are paths, a folder, arrays or PIL images, not {images!r:.80}') from None
+    if _is_one(images): return [images]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.dtype != object and getattr(images.dtype, 'kind', '') not in ('U', 'S'):
+        return _split_array(images)
+    try: images = list(images)
+    except TypeError: raise LiftError(f'Images are paths, a folder, arrays, tensors, PIL images, bytes or open files, not {images!r:.80}') from None
+    return [x if _is_one(x) or not isinstance(x, (np.ndarray, torch.Tensor)) else _only(_split_array(x)) for x in images]
+
+def _only(found:list)->object:
+    "The one image of a list element; raises `LiftError` for several"
+    if len(found) != 1: raise LiftError(f'An element of the list holds {len(found)} images; give each image alone')
+    return found[0]
+
+def _opened_image(x)->Image.Image: # RGB, upright
+    "Open a path, PIL image, array, the bytes of a file, or an open file"
+    if not isinstance(x, (bytes, bytearray)) and not hasattr(x, 'read'): return open_image(x)
+    try: return open_image(Image.open(BytesIO(x) if isinstance(x, (bytes, bytearray)) else x))
+    except (OSError, SyntaxError) as e: raise LiftError(f'These bytes are no image ({type(e).__name__}): give those of an image file, or Image.open(…)') from None
 
 class Predictor:
     "A trained model with its classes and its crops"
@@ -335,31 +364,46 @@ class Predictor:
         self.mean, self.std = (torch.tensor(images[k], device=self.device).view(3, 1, 1) for k in ('mean', 'std'))
     def __repr__(self):
         return f"{self.about['weights']}, {len(self.classes)} classes: {', '.join(self.classes[:5])}{' …'*(len(self.classes) > 5)}"
-    def tensor(self, x, crop): # path, array or PIL image → (3, R, R), or (5, 3, R, R)
-        x = crop.encodes(open_image(x))
+    def tensor(self, x, crop): # what `_opened_image` takes → (3, R, R), or (5, 3, R, R)
+        x = crop.encodes(_opened_image(x))
         return x if isinstance(x, torch.Tensor) else F.pil_to_tensor(x)
+    def readable(self, images:list, crop, # as in `tensor`
+        start:int, skipped:dict|None, # number of the first, and where to put what cannot be read; None: raise
+    ): # yields tensors
+        for i, x in enumerate(images, start):
+            try: yield self.tensor(x, crop)
+            except LiftError as e:
+                if skipped is None: raise
+                skipped[i] = str(e)
     @torch.no_grad()
-    def logits(self, images, # a path, folder, array or PIL image, or several
+    def logits(self, images, # a path, folder, array, tensor, PIL image, bytes or open file, or several
         tte:bool=False, # five crops of each image?
         expand:int|None=None, # margin of the five crops in pixels; None: 24
         bs:int=64, # images at a time
+        skipped:dict|None=None, # takes number → reason of images that cannot be read; None: raise `LiftError` for the first
     )->torch.Tensor: # (N, C), on the CPU
-        "Raw logits"
+        "Return raw logits, a row for each image that was read"
         images, crop, out = _list_images(images), FiveCrops(self.resolution, expand) if tte else self.crop, []
         for i in range(0, len(images), bs):
-            x = torch.stack([self.tensor(im, crop) for im in images[i:i+bs]]).as_subclass(torch.Tensor).to(self.device).float()/255
+            if not (x := list(self.readable(images[i:i+bs], crop, i, skipped))): continue
+            x = torch.stack(x).as_subclass(torch.Tensor).to(self.device).float()/255
             z = self.model(((x - self.mean)/self.std).flatten(0, -4))
             out.append((z.unflatten(0, (-1, 5)).mean(1) if tte else z).float().cpu())
         return torch.cat(out) if out else torch.zeros(0, len(self.classes))
     def predict(self, images, # as in `logits`
         top:int=1, # classes for each image
+        skip_corrupt:bool=False, # leave out images that cannot be read?
         **kwargs, # of `logits`
-    )->pd.DataFrame: # a row for each image and class
-        "The likeliest classes of each image with their probabilities; arrays are called by their number"
-        images = _list_images(images)
+    )->pd.DataFrame: # a row for each image and class; `attrs['skipped']`: name → reason of what was left out
+        "Return the likeliest classes of each image with their probabilities; what has no path is called by its number"
+        images, skipped = _list_images(images), {}
         if type(top) is not int or not 1 <= top <= len(self.classes):
             raise LiftError(f'top must lie between 1 and {len(self.classes)}, not {top!r:.80}')
-        p, c = self.logits(images, **kwargs).softmax(-1).topk(top)
+        p, c = self.logits(images, skipped=skipped if skip_corrupt else None, **kwargs).softmax(-1).topk(top)
         names = [str(x) if isinstance(x, (str, os.PathLike)) else str(i) for i, x in enumerate(images)]
-        rows = [(n, self.classes[k], float(q)) for n, ps, ks in zip(names, p, c) for q, k in zip(ps, ks)]
-        return pd.DataFrame(rows, columns=['image', 'class', 'probability'])
+        seen = [n for i, n in enumerate(names) if i not in skipped]
+        rows = [(n, self.classes[k], float(q)) for n, ps, ks in zip(seen, p, c) for q, k in zip(ps, ks)]
+        found = pd.DataFrame(rows, columns=['image', 'class', 'probability'])
+        found.attrs['skipped'] = {names[i]: reason for i, reason in skipped.items()}
+        return found
+

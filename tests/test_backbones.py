@@ -1,5 +1,6 @@
 "CLIP's ResNets and files of a CLIP: equal to the reference and to open_clip's network, of any size, whole or refused in one sentence"
-import json, os, pickle, re
+import json, os, pickle, random, re, tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest, timm, torch
@@ -225,3 +226,107 @@ def test_lean_where_it_belongs():
     quick, plain = create_backbone('tiny_clip').model, create_backbone('vit_tiny_patch16_224', pretrained=False).model
     assert all(isinstance(b.mlp.act, _QuickGELU) for b in blocks(quick)) and all(type(b.mlp.act) is nn.GELU for b in blocks(plain))
     assert all(isinstance(b.mlp.act, _QuickGELU) for b in _memory_saving_activations(text_tower(create_backbone('tiny_clip'))).blocks)
+
+# --- weights of somebody else ------------------------------------------------------------------------------------------
+TINY = 'vit_tiny_patch16_224'
+def fresh(name=TINY, **kwargs):
+    torch.manual_seed(1)
+    return scatter(timm.create_model(name, **kwargs))
+
+def feature(m, x): return m.forward_head(m.forward_features(x), pre_logits=True)
+
+def taken(found, m, name=TINY, size=224):
+    "Does the checkpoint give exactly the features of `m`?"
+    with tempfile.TemporaryDirectory() as d:
+        torch.save(found, f'{d}/x.pth')
+        b = create_backbone(name, checkpoint=f'{d}/x.pth')
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad(): return torch.allclose(b.model(x), feature(m, x), atol=1e-4)
+
+NAME = 'resnet10t'
+PREFIXES = ['', 'model.', 'module.', 'backbone.', 'encoder.', 'net.', 'student.', 'teacher.', 'module.backbone.', 'model.visual.net.', 'something_else.']
+CONTAINERS = [None, 'state_dict', 'model', 'model_state_dict', 'weights', 'teacher', 'net', 'anything']
+
+@settings(max_examples=25, deadline=None)
+@given(prefix=st.sampled_from(PREFIXES), container=st.sampled_from(CONTAINERS), drop=st.integers(0, 2), rename=st.integers(0, 2), extra=st.booleans(), seed=st.integers(0, 99))
+def test_renamed_and_omitted(prefix, container, drop, rename, extra, seed):
+    "Known and unknown prefixes and containers are loaded exactly; a tensor less, or under another name, is refused"
+    rng, m = random.Random(seed), fresh(NAME, num_classes=3)
+    sd, needed = dict(m.state_dict()), [k for k in m.state_dict() if not k.startswith('fc.') and 'num_batches' not in k]
+    for k in rng.sample(needed, drop): del sd[k]
+    for k in rng.sample([k for k in needed if k in sd], rename): sd[k.replace('.', '_')] = sd.pop(k)
+    if extra: sd = {k: v for k, v in sd.items() if not k.startswith('fc.')} # a checkpoint without classifier
+    sd = {prefix + k: v for k, v in sd.items()}
+    found = sd if container is None else {container: sd, 'epoch': 3, 'optimizer': {'state': {}, 'lr': .1}, 'args': Namespace(lr=1)}
+    if not drop and not rename: assert taken(found, m, NAME)
+    else:
+        with pytest.raises(LiftError, match='missing') as e: taken(found, m, NAME)
+        assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+def test_averaged_weights_come_first():
+    a, b = fresh(NAME, num_classes=3), scatter(timm.create_model(NAME, num_classes=3), 5)
+    assert taken({'model': b.state_dict(), 'model_ema': a.state_dict()}, a, NAME)
+    dino = {side: {f'module.backbone.{k}': v for k, v in m.state_dict().items()} | {'module.head.mlp.0.weight': torch.ones(2, 2)}
+            for side, m in (('student', b), ('teacher', a))}
+    assert taken(dino, a, NAME)
+
+def hf_vit(sd, dino):
+    "A timm state dict under Hugging Face's names"
+    out, table = {}, dict(cls_token='embeddings.cls_token', pos_embed='embeddings.position_embeddings')
+    block = {'attn.proj': 'attention.output.dense', 'norm1': 'norm1' if dino else 'layernorm_before', 'norm2': 'norm2' if dino else 'layernorm_after',
+             'mlp.fc1': 'mlp.fc1' if dino else 'intermediate.dense', 'mlp.fc2': 'mlp.fc2' if dino else 'output.dense',
+             'ls1.gamma': 'layer_scale1.lambda1', 'ls2.gamma': 'layer_scale2.lambda1'}
+    for k, v in sd.items():
+        if k.startswith('head'): continue
+        if m := re.match(r'blocks\.(\d+)\.(.*)', k):
+            at = f'encoder.layer.{m[1]}.'
+            if m[2].startswith('attn.qkv.'):
+                for n, t in zip(('query', 'key', 'value'), v.chunk(3)): out[f'{at}attention.attention.{n}.{m[2].split(".")[-1]}'] = t
+            else: out[at + next(m[2].replace(a, b) for a, b in block.items() if m[2].startswith(a))] = v
+        else: out[table.get(k) or k.replace('patch_embed.proj', 'embeddings.patch_embeddings.projection').replace('norm.', 'layernorm.')] = v
+    return out
+
+@pytest.mark.parametrize('prefix', ['', 'vit.', 'model.dinov2.'])
+@pytest.mark.parametrize('dino', [False, True])
+def test_names_of_hugging_face(prefix, dino):
+    name = 'vit_small_patch14_dinov2' if dino else TINY
+    m = fresh(name, num_classes=0)
+    sd = {prefix + k: v for k, v in hf_vit(m.state_dict(), dino).items()} | {'classifier.weight': torch.ones(3, 4)} | \
+        ({f'{prefix}embeddings.mask_token': torch.ones(1, 4)} if dino else {f'{prefix}pooler.dense.weight': torch.ones(4, 4)})
+    assert taken(sd, m, name, 518 if dino else 224)
+    del sd[prefix + 'encoder.layer.1.attention.attention.key.weight']
+    with pytest.raises(LiftError, match='blocks.1.attn.qkv.weight'): taken(sd, m, name)
+
+def hf_clip(sd, width, prefix=''):
+    "OpenAI's state dict under Hugging Face's names"
+    out, swap = {}, (('visual.transformer.resblocks', 'vision_model.encoder.layers'), ('transformer.resblocks', 'text_model.encoder.layers'),
+        ('visual.class_embedding', 'vision_model.embeddings.class_embedding'), ('visual.conv1', 'vision_model.embeddings.patch_embedding'),
+        ('visual.positional_embedding', 'vision_model.embeddings.position_embedding.weight'), ('visual.ln_pre', 'vision_model.pre_layrnorm'),
+        ('visual.ln_post', 'vision_model.post_layernorm'), ('token_embedding', 'text_model.embeddings.token_embedding'),
+        ('positional_embedding', 'text_model.embeddings.position_embedding.weight'), ('ln_final', 'text_model.final_layer_norm'))
+    inner = (('attn.out_proj', 'self_attn.out_proj'), ('ln_1', 'layer_norm1'), ('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'), ('mlp.c_proj', 'mlp.fc2'))
+    for k, v in sd.items():
+        if k in ('visual.proj', 'text_projection'): out[dict(zip(('visual.proj', 'text_projection'), ('visual_projection.weight', 'text_projection.weight')))[k]] = v.T
+        else:
+            new = next((b + k[len(a):] for a, b in swap if k.startswith(a)), k)
+            for a, b in inner: new = new.replace(a, b)
+            if 'attn.in_proj_' in new:
+                for n, t in zip('qkv', v.chunk(3)): out[new.replace('attn.in_proj_', f'self_attn.{n}_proj.')] = t
+            else: out[new] = v
+    return {prefix + k: v for k, v in out.items()}
+
+def test_clip_of_hugging_face(tmp_path):
+    "Both towers"
+    sd = their_clip(VISIONS['ViT']).state_dict()
+    want = create_backbone(dict(sd)); x = torch.randn(2, 3, 32, 32)
+    for prefix in '', 'model.':
+        save_file({k: v.contiguous() for k, v in hf_clip(sd, 64, prefix).items()}, tmp_path/'x.safetensors')
+        b = create_backbone(tmp_path/'x.safetensors')
+        assert torch.equal(b.model(x), want.model(x)) and torch.equal(b.image_proj, want.image_proj)
+        assert torch.equal(text_tower(b)(torch.tensor([[49406, 5, 49407]])), text_tower(want)(torch.tensor([[49406, 5, 49407]])))
+
+def test_other_sizes_are_refused():
+    for other in dict(patch_size=32), dict(depth=11), dict(depth=13), dict(embed_dim=96), dict(init_values=.1):
+        with pytest.raises(LiftError, match='does not fit'): taken(fresh(**other).state_dict(), None)
+    with pytest.raises(LiftError, match='no tensors'): taken({}, None)
+    with pytest.raises(LiftError, match="timm knows no weights 'nonsense'.*augreg_in21k"): create_backbone('vit_tiny_patch16_224.nonsense', pretrained=False)

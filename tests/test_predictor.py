@@ -1,5 +1,6 @@
 "Saved models: after loading, every method on every kind of backbone predicts what the learner predicts; whatever does not fit is refused"
-import subprocess, sys
+import copy, subprocess, sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from timm.layers import Attention
 from torch import nn
 
-from lift_nb.models.backbones import create_backbone, _read_weights, _tiny_clip_file
+from lift_nb.models.backbones import _clip_backbone, create_backbone, _read_weights, _tiny_clip_file
 from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
 from lift_nb.data.dataset import digits_lt
@@ -23,7 +24,7 @@ from lift_nb.original.checkpoints import load_original, save_original, _set_mask
 from lift_nb.learner import lift_plus_learner
 from lift_nb.models.merge import merge
 from lift_nb.models.model import assemble, set_precision
-from lift_nb.predictor import Predictor, load_lift, save_lift
+from lift_nb.predictor import Predictor, _frozen_digest, _trainable_tensors, load_lift, save_lift
 from lift_nb.models.surgery import n_trainable
 
 small = digits_lt(n_max=40, n_test=1)
@@ -296,3 +297,53 @@ def test_change_of_precision():
     assert fused() == {True}
     set_precision(model, 'bf16'); assert fused() == {False}
     set_precision(model, 'fp32'); assert fused() == {True}
+
+# --- what predict takes -----------------------------------------------------------------------------------------------
+def test_every_form_of_an_image(tmp_path):
+    "The same picture in each form that people have gives the same prediction; a shape with two readings is refused"
+    learn = lift_plus_learner(digits_lt(n_test=2), 'tiny_clip', expand=0, device='cpu')
+    save_lift(tmp_path/'m.safetensors', learn); p = load_lift(tmp_path/'m.safetensors', device='cpu')
+    grey = learn.data.test_images[7]; rgb = np.repeat(grey[..., None], 3, -1)
+    file = tmp_path/'a.png'; Image.fromarray(rgb).save(file)
+    want, t = p.logits(file), torch.from_numpy(rgb)
+    one = [str(file), Image.open(file), file.read_bytes(), BytesIO(file.read_bytes()), open(file, 'rb'), grey, rgb, t, t.permute(2, 0, 1), t[..., 0],
+           t.permute(2, 0, 1)[:1], [t.permute(2, 0, 1)], [file.read_bytes()], np.array([str(file)]), np.array([file], dtype=object), pd.Series([str(file)]),
+           rgb[None], t.permute(2, 0, 1)[None]]
+    for x in one: assert torch.equal(p.logits(x), want), type(x)
+    assert torch.equal(p.logits(np.stack([grey]*5)), want.expand(5, -1)) and torch.equal(p.logits(torch.from_numpy(np.stack([grey]*5))), want.expand(5, -1))
+    for x in rgb.transpose(2, 0, 1), np.zeros((2, 5, 6, 7), np.uint8), np.zeros(5, np.uint8), np.zeros((2, 2, 2, 2, 2), np.uint8), b'no image', 7, [rgb[None].repeat(2, 0)]:
+        with pytest.raises(LiftError): p.predict(x)
+
+def test_one_broken_file_among_many(tmp_path):
+    learn = lift_plus_learner(digits_lt(n_test=2), 'tiny_clip', expand=0, device='cpu')
+    save_lift(tmp_path/'m.safetensors', learn); p = load_lift(tmp_path/'m.safetensors', device='cpu')
+    (tmp_path/'new').mkdir()
+    for i in range(5): Image.fromarray(learn.data.test_images[i]).save(tmp_path/'new'/f'{i}.png')
+    for i in (0, 3): (tmp_path/'new'/f'{i}.png').write_bytes((tmp_path/'new'/f'{i}.png').read_bytes()[:150])
+    with pytest.raises(LiftError, match='0.png'): p.predict(tmp_path/'new')
+    found = p.predict(tmp_path/'new', top=2, bs=1, skip_corrupt=True)
+    assert [Path(x).stem for x in found['image']] == ['1', '1', '2', '2', '4', '4'] and [Path(x).stem for x in found.attrs['skipped']] == ['0', '3']
+    assert found['class'][0] == p.predict(tmp_path/'new'/'1.png')['class'][0]
+
+def test_network_with_the_same_tensors(tmp_path):
+    "A QuickGELU network and a GELU one have the same tensors and are different networks; so are other numbers of heads"
+    learn = lift_plus_learner(digits_lt(n_test=2), 'tiny_clip', expand=0, device='cpu')
+    save_lift(tmp_path/'m.safetensors', learn)
+    sd = _read_weights(_tiny_clip_file)
+    load_lift(tmp_path/'m.safetensors', _clip_backbone(sd, text_heads=1), device='cpu')
+    for other in _clip_backbone(sd, act='gelu', text_heads=1), _clip_backbone(sd, heads=4, text_heads=1):
+        with pytest.raises(LiftError, match='another'): load_lift(tmp_path/'m.safetensors', other, device='cpu')
+
+def test_layer_scale_of_the_old_version(tmp_path):
+    "A file of 0.1.0 is read where it means the same, and refused where its AdaptFormer stood outside LayerScale"
+    for init_values in None, .1:
+        def vit(): return timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2, init_values=init_values)
+        torch.manual_seed(0); net = vit()
+        learn = lift_plus_learner(digits_lt(n_test=2), copy.deepcopy(net), init='none', device='cpu', batch_size=8)
+        save_lift(tmp_path/'m.safetensors', learn)
+        tensors, about = _read_tensors(tmp_path/'m.safetensors')
+        about |= dict(layout=1, digest=_frozen_digest(learn.model, _trainable_tensors(learn), 1)); _write_tensors(tmp_path/'old.safetensors', tensors, **about)
+        load_lift(tmp_path/'m.safetensors', copy.deepcopy(net), device='cpu')
+        if init_values:
+            with pytest.raises(LiftError, match='outside LayerScale'): load_lift(tmp_path/'old.safetensors', copy.deepcopy(net), device='cpu')
+        else: load_lift(tmp_path/'old.safetensors', copy.deepcopy(net), device='cpu')
