@@ -403,7 +403,7 @@ def tte_dl(self:Learner,
 @contextmanager
 def _preserved_history(learn:Learner):
     "Afterwards the recorder holds the last training, whatever fastai has written over it"
-    kept = {k: v for k, v in vars(learn.recorder).items() if k in learn.recorder._stateattrs}
+    kept = {k: v for k, v in vars(learn.recorder).items() if k in ('lrs', 'iters', 'losses', 'values')}
     try: yield
     finally: vars(learn.recorder).update(kept)
 

@@ -90,7 +90,9 @@ class SeededDL(TfmdDL):
     def randomize(self): pass # `begin` did it
     def _one_pass(self):
         with _random_from('one pass'): super()._one_pass() # fastai looks at an item when it wants to know what items are like
-    def get_idxs(self): return super().get_idxs()[self.start*(self.bs or 1):]
+    def get_idxs(self):
+        self.order = super().get_idxs()[self.start*(self.bs or 1):] # of this pass
+        return self.order
     def do_item(self, s):
         if self.passing: _seed_from(self.pass_seed.item(), s)
         return super().do_item(s)
