@@ -55,7 +55,7 @@ def weighted_draw(n=30):
     "Order of a pass whose images are drawn at random, as `SharedDL` of all processes together yields it"
     torch.manual_seed(_rank())
     dl = _SharedDL(SeededDL(range(n), bs=7, num_workers=2, after_item=[lambda i: torch.tensor(i)], get_idxs=lambda: torch.randint(n, (n,)).tolist()))
-    return [dl.whole(b).tolist() for b in dl], dl._DataLoader__idxs
+    return [dl.whole(b).tolist() for b in dl], dl.order
 
 def mistakes()->list: # of sentences
     "What the processes say when something cannot be"
@@ -117,7 +117,7 @@ def test_what_the_processes_say(two):
         'The processes differ: images is 0 in the first and 1 in process 2', 'not this one']
 
 def test_a_lost_connection_is_a_sentence(monkeypatch):
-    for name, value in dict(together=True, rank=1, world=2).items(): monkeypatch.setattr(f'lift_nb.processes.{name}', lambda v=value: v)
+    for name, value in dict(is_distributed=True, _rank=1, _world_size=2).items(): monkeypatch.setattr(f'lift_nb.core.processes.{name}', lambda v=value: v)
     with pytest.raises(LiftError, match='Process 2 of 2 lost the connection'), _peer_failures_as_errors(): raise RuntimeError('gloo: Connection closed by peer')
     with pytest.raises(RuntimeError, match='size mismatch'), _peer_failures_as_errors(): raise RuntimeError('size mismatch')
 

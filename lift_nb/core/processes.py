@@ -60,7 +60,7 @@ def shutdown_distributed():
 def _check_initialized():
     "Raise `LiftError` when several processes were started and do not know each other"
     if _world_size() < _launched_processes(): raise LiftError(f'{_launched_processes()} processes were started but do not talk to each other: '
-        'call lift_nb.processes.meet() before anything else; without GPUs, learn.distrib_ctx(cpu=True) does it too')
+        'call init_distributed() before anything else; without GPUs, learn.distrib_ctx(cpu=True) does it too')
 
 # %% ../../nbs/core/03_processes.ipynb #509139a5
 def _broadcast_from_main(x, # anything that can be sent

@@ -32,7 +32,10 @@ class _PinnedFile:
 
 def _sha256(path:Path)->str: # hexadecimal digits
     "SHA-256 of a file"
-    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    h = hashlib.sha256()
+    with path.open('rb') as f:
+        for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
+    return h.hexdigest()
 
 # %% ../../nbs/data/03_downloads.ipynb #c32d7db5
 def _cache_dir()->Path:

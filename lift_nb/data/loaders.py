@@ -9,6 +9,8 @@ __all__ = ['SeededDL', 'dataloaders']
 import hashlib, os, random, re
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing import AuthenticationError
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -68,7 +70,10 @@ def _loading_error(e:Exception, # raised while a batch was loaded, perhaps in an
     text = str(e).strip()
     if isinstance(e, LiftError) and 'Traceback' in text: return LiftError(text.splitlines()[-1].split('LiftError: ', 1)[-1])
     died = re.search(r'DataLoader worker.*(killed by signal: \w+|exited unexpectedly)', text)
-    lost = workers and isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and 'Traceback' not in text # what it had sent went with it
+    lost = workers and isinstance(e, (ConnectionError, EOFError, FileNotFoundError, UnpicklingError, AuthenticationError)) and 'Traceback' not in text # what it sent
+    shared = workers and re.search(r'shared memory|/dev/shm|torch_shm|ancdata|Too many open files|unable to mmap', text)
+    if shared: return LiftError(f'The processes that load images cannot hand them over ({shared[0]}): /dev/shm is too small or not writable, or too few '
+        'files may be open; num_workers 0 needs none of it')
     if not (died or lost): return e
     return LiftError(f'A process that loads images died ({died[1] if died else type(e).__name__}), often for want of memory; fewer num_workers need less. '
         'What was saved before stays: with resume True the training goes on from there')
@@ -90,7 +95,9 @@ class SeededDL(TfmdDL):
     def randomize(self): pass # `begin` did it
     def _one_pass(self):
         with _random_from('one pass'): super()._one_pass() # fastai looks at an item when it wants to know what items are like
-    def get_idxs(self): return super().get_idxs()[self.start*(self.bs or 1):]
+    def get_idxs(self):
+        self.order = super().get_idxs()[self.start*(self.bs or 1):] # of this pass
+        return self.order
     def do_item(self, s):
         if self.passing: _seed_from(self.pass_seed.item(), s)
         return super().do_item(s)
@@ -105,7 +112,7 @@ class SeededDL(TfmdDL):
             self.passing, self.key = True, (self.pass_seed.item(), 'batch', i)
             with _random_from(*self.key):
                 try: b = next(batches, None)
-                except (RuntimeError, LiftError, OSError, EOFError) as e: raise _loading_error(e, self.fake_l.num_workers > 0) from None
+                except Exception as e: raise _loading_error(e, self.fake_l.num_workers > 0) from None
                 finally: self.passing = False
             if b is None: return
             yield b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EpochCosine', 'CropSchedule', 'FrozenEval', 'AccumulateGradients', 'AdjustLogits', 'AverageCrops', 'StopOnNonFinite',
-           'ScaleLoss', 'SkipValidation']
+           'ScaleLoss', 'WatchLoss', 'SkipValidation']
 
 # %% ../../nbs/training/01_callbacks.ipynb #b83c1d23
 import math, os, time
@@ -37,18 +37,26 @@ class CropSchedule(Callback):
     "Set the smallest area of a `MinimalistCrop` before each epoch"
     run_valid = False
     def __init__(self, crop, # the `MinimalistCrop` of the training images
-        schedule='convex', # a name of `MDA_SCHEDULES` or a function
-    ): self.crop, self.schedule = crop, schedule
+        schedule='convex', # a name of `MDA_SCHEDULES` or a function; True: 'convex'
+    ): self.crop, self.schedule = crop, 'convex' if schedule is True else schedule
     def before_train(self): self.crop.set_scale(min_scale(self.epoch, self.n_epoch, self.schedule))
 
 # %% ../../nbs/training/01_callbacks.ipynb #7d980e35
+_NETWORK_LIBRARIES = {'torch', 'torchvision', 'timm', 'open_clip', 'lift_nb'}
+
+def _is_attached(m:nn.Module)->bool:
+    "Is it a module of the user's own class of which all is trained?"
+    own = type(m).__module__.split('.')[0] not in _NETWORK_LIBRARIES
+    return own and any(True for _ in m.parameters()) and all(p.requires_grad for p in m.parameters())
+
 class FrozenEval(Callback):
-    "Keep `model.backbone` in eval mode while training; attached modules train"
+    "Keep `model.backbone` in eval mode while training; attached modules train, of the library or of the user's own"
     order, run_valid = TrainEvalCallback.order+1, False
     def before_train(self):
         backbone = _unwrap(self.model).backbone.eval()
         for m in backbone.modules():
             if isinstance(m, _SyncedBuffers): m.side.train()
+            elif m is not backbone and _is_attached(m): m.train()
 
 # %% ../../nbs/training/01_callbacks.ipynb #ba58bdaf
 class AccumulateGradients(Callback):
@@ -115,7 +123,7 @@ def _images_of(dl, # DataLoader in the middle of a pass
     n:int=5, # images to name
 )->str: # a phrase, '' when they are not known
     "Which items of the data set are in a batch"
-    found = getattr(dl, '_DataLoader__idxs', None)
+    found = getattr(dl, 'order', None)
     at = (i - getattr(dl, 'start', 0))*(getattr(dl, 'bs', None) or 1)
     found = list(found[at:at+dl.bs]) if found is not None and getattr(dl, 'bs', None) else []
     return f" (images {', '.join(map(str, found[:n]))}{' …' if len(found) > n else ''} of the data set)" if found else ''
@@ -128,7 +136,7 @@ class StopOnNonFinite(Callback):
         every:int|None=None, # steps between two looks; None: 1 on a CPU, 50 elsewhere
         limit:int=20, # steps left out in a row that end the training under `skip`
         say=print, # where to tell what was left out
-    ): self.skip, self.every, self.limit, self.say = _lookup(_NONFINITE, nonfinite, 'answer to a loss that is no number'), every, limit, say
+    ): self.skip, self.every, self.limit, self.say = _lookup(_NONFINITE, nonfinite, 'answer to a NaN or infinite loss'), every, limit, say
     def before_fit(self): self.left_out, self.in_a_row, self.odd, self.saved = [], 0, None, None
     def before_train(self):
         device = next(self.model.parameters()).device
@@ -153,7 +161,7 @@ class StopOnNonFinite(Callback):
         self.saved = None
     def after_train(self): self.look()
     def after_fit(self):
-        if self.left_out: self.say(f'{len(self.left_out)} steps were left out because the loss or its gradient was NaN or infinite: '
+        if self.left_out: self.say(f'{len(self.left_out)} step{"s were" if len(self.left_out) > 1 else " was"} left out because the loss or its gradient was NaN or infinite: '
             + ', '.join(f'epoch {e+1} batch {i+1}' for e, i in self.left_out[:3]) + (' …' if len(self.left_out) > 3 else ''))
 
 # %% ../../nbs/training/01_callbacks.ipynb #e9bdca08
@@ -183,7 +191,7 @@ def judge(self:StopOnNonFinite):
 
 @patch
 def state_dict(self:StopOnNonFinite)->dict: # plain values
-    "What a save point has to remember"
+    "Return what a checkpoint has to remember"
     self.look()
     return dict(left_out=self.left_out, in_a_row=self.in_a_row)
 
@@ -229,6 +237,26 @@ class _WatchLoading(Callback):
         self.told = True
         self.say(f'Loading the images took {100*self.waited/total:.0f} % of epoch {self.epoch+1}: the network waits for them. '
             f'num_workers is {self.dls.train.fake_l.num_workers}, this machine has {os.cpu_count()} cores; more of them or smaller image files may help')
+
+# %% ../../nbs/training/01_callbacks.ipynb #c93dee8c
+class WatchLoss(Callback):
+    "Say once when the loss, after some tens of steps, is not below its start, and what to try"
+    order, run_valid = MixedPrecision.order+1, False
+    def __init__(self, say=print, # where to say it
+        steps:int=60, # batches after which it is judged
+        mean_of:int=10, # batches whose mean loss is compared
+    ): self.say, self.steps, self.mean_of = say, steps, mean_of
+    def before_fit(self): self.losses = []
+    def after_batch(self):
+        if len(self.losses) == self.steps: return
+        self.losses.append(self.loss.detach().as_subclass(Tensor).float().mean())
+        if len(self.losses) == self.steps: self.judge()
+    def judge(self):
+        first, last = (torch.stack(l).mean().item() for l in (self.losses[:self.mean_of], self.losses[-self.mean_of:]))
+        if last < first: return
+        lr = max(h['lr'] for h in self.opt.hypers)
+        self.say(f'After {self.steps} steps the loss is {last:.3g}, at the start it was {first:.3g}: nothing is learned. '
+            f'A smaller learning rate (now {lr:.3g}; try {lr/4:.3g}) or clipping the gradient (clip_grad 1) may help')
 
 # %% ../../nbs/training/01_callbacks.ipynb #829f2940
 class _SmoothLoss(AvgSmoothLoss):

@@ -59,7 +59,7 @@ class _SharedDL(DistributedDL):
         def of_mine():
             order = _broadcast_from_main(list(of_all()))
             if self.drop_last: order = order[:len(order)//self.bs*self.bs]
-            self.n, self._DataLoader__idxs = len(order), order # as any DataLoader has it
+            self.n, self.order = len(order), order # as a `SeededDL` has it
             self.dl.get_idxs, self.dl.bs = of_all, -(-self.bs//self.world_size) # from here on, also in workers
             return _share_sizes(order, self.bs, self.rank, self.world_size)
         self.dl.rng.setstate(_broadcast_from_main(self.dl.rng.getstate()))

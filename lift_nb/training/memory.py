@@ -30,17 +30,17 @@ class _LiveBytes(TorchDispatchMode):
         self.live, self.peak, self.known = 0, 0, set()
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor): self.note(t.untyped_storage(), old)
         return out
     def note(self, s, old):
-        if s._cdata in self.known or s._cdata in old: return
-        self.known.add(s._cdata)
+        if not s.nbytes() or s.data_ptr() in self.known or s.data_ptr() in old: return
+        self.known.add(s.data_ptr())
         self.live += s.nbytes()
         self.peak = max(self.peak, self.live)
-        weakref.finalize(s, self.forget, s._cdata, s.nbytes())
+        weakref.finalize(s, self.forget, s.data_ptr(), s.nbytes())
     def forget(self, key, n):
         self.known.discard(key)
         self.live -= n
