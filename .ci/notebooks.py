@@ -46,10 +46,14 @@ def check()->str: # what git sees under nbs/ and lift_nb/ after cleaning and exp
     nbdev_export.__wrapped__()
     return subprocess.check_output(['git', 'status', '--porcelain', '--', 'nbs', 'lift_nb'], cwd=root, text=True)
 
+def github(kind:str)->str: # 'blob' for pages, 'raw' for pictures
+    cfg = get_config()
+    return f'{cfg.git_url}/{kind}/{cfg.branch}'
+
 def markdown(source:str)->str:
-    "Prose of nbs/index.ipynb with its relative links seen from the repository's root"
+    "Prose of nbs/index.ipynb with absolute links, which work on GitHub and on PyPI"
     link = r'(\]\(|src="|href=")(?!\w+:|[#/])([^)"\s]+)'
-    return re.sub(link, lambda m: m[1] + os.path.normpath(f'nbs/{m[2]}'), source)
+    return re.sub(link, lambda m: m[1] + f"{github('blob')}/{os.path.normpath(f'nbs/{m[2]}')}", source)
 
 def fenced(text:str, lang:str='')->str: return f'```{lang}\n{text.rstrip()}\n```'
 
@@ -62,7 +66,7 @@ def output(o, pictures:dict, alt:str)->str:
         name = f'figure-{len(pictures)+1}.{ext}'
         pictures[name] = text[mime].encode() if ext=='svg' else base64.b64decode(text[mime])
         width = o.get('metadata', {}).get(mime, {}).get('width')
-        return f'<img src="nbs/{images.name}/{name}" alt="{alt or name}"' + (f' width="{width}">' if width else '>')
+        return f'<img src="{github("raw")}/nbs/{images.name}/{name}" alt="{alt or name}"' + (f' width="{width}">' if width else '>')
     if 'text/markdown' in text: return markdown(text['text/markdown'])
     return table(text['text/html']) if '<table' in text.get('text/html', '') else fenced(text['text/plain'])
 

@@ -10,7 +10,7 @@ notebooks = sorted(f for f in (root/'nbs').rglob('*.ipynb') if not any(p[0] in '
 folders = 'core data models training evaluation original experiments bench'.split() # each imports from those before it; the doors come last
 place = {_default_exp(read_nb(f)): f.relative_to(root/'nbs') for f in notebooks if f.name[0].isdigit()} # module → notebook
 allowed = {'nbs', 'tests', 'lift_nb', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'CHANGELOG.md',
-           'CONTRIBUTING.md', '.github', '.ci', '.gitignore', '.gitattributes'}
+           'CONTRIBUTING.md', 'CODE_OF_CONDUCT.md', 'CITATION.cff', 'MANIFEST.in', '.github', '.ci', '.gitignore', '.gitattributes'}
 functions = ast.FunctionDef, ast.AsyncFunctionDef
 
 each_module = pytest.mark.parametrize('module', modules, ids=lambda f: '.'.join(f.relative_to(root/'lift_nb').with_suffix('').parts))

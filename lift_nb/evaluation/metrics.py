@@ -77,7 +77,8 @@ class _NoScore(str):
         self.field = field
         return self
     def _refuse(self, *_, **__):
-        raise LiftError(f"The score '{self.field}' is empty: no class of that group was tested, so that nothing can be monitored by it; choose overall, mean_class or another group")
+        raise LiftError(f"The score '{self.field}' is empty: no class of that group was tested, "
+            'so that nothing can be monitored by it; choose overall, mean_class or another group')
     __lt__ = __le__ = __gt__ = __ge__ = __sub__ = __rsub__ = __add__ = __radd__ = __neg__ = __float__ = _refuse
     __array_ufunc__ = _refuse # NumPy's comparisons
 
@@ -129,8 +130,8 @@ def _shade_groups(ax, counts, at, many:int, few:int): # training images and plac
 def _name_extremes(ax, counts, acc, names, n:int=3):
     "The names of the weakest and the strongest classes beside their points"
     order = [i for i in np.argsort(acc, kind='stable') if not np.isnan(acc[i])]
-    for i in {*order[:n], *order[-1:]}: ax.annotate(f'{names[i]:.20}', (counts[i], acc[i]), fontsize=7, xytext=(4, 3), textcoords='offset points',
-        parse_math=False)
+    style = dict(fontsize=7, xytext=(4, 3), textcoords='offset points', parse_math=False)
+    for i in {*order[:n], *order[-1:]}: ax.annotate(f'{names[i]:.20}', (counts[i], acc[i]), **style)
 
 def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent)
     counts, # (C,) training images of each class
@@ -143,16 +144,18 @@ def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent
     "Accuracy of each class over its training images, with its name and group"
     counts = np.asarray(counts)
     side_by_side, order = len(counts) <= 20, np.argsort(-counts, kind='stable')
-    ax, names = ax or plt.subplots(figsize=(7, 3.6), layout='constrained')[1], [str(n) for n in (range(len(counts)) if class_names is None
-        else class_names)]
+    ax = ax or plt.subplots(figsize=(7, 3.6), layout='constrained')[1]
+    names = [str(n) for n in (range(len(counts)) if class_names is None else class_names)]
     at = np.arange(len(counts)) if side_by_side else counts[order]
     _shade_groups(ax, counts[order] if side_by_side else at, at, many, few)
     for i, (name, r) in enumerate(results.items()):
         acc = _accuracies(r)
-        ax.plot(at, acc[order], 'osD^vPX*'[i % 8] + '-'*side_by_side, ms=5, lw=1.2, alpha=.8, label=f'{name} (mean {np.nanmean(acc):.1f})',
-            color=_COLORS[i % len(_COLORS)])
+        style = dict(ms=5, lw=1.2, alpha=.8, color=_COLORS[i % len(_COLORS)], label=f'{name} (mean {np.nanmean(acc):.1f})')
+        ax.plot(at, acc[order], 'osD^vPX*'[i % 8] + '-'*side_by_side, **style)
     if side_by_side: ax.set_xticks(at, [f'{names[c]:.20} ({counts[c]})' for c in order], rotation=45, ha='right', parse_math=False)
-    else: ax.set_xscale('log'); ax.invert_xaxis(); len(results) == 1 and _name_extremes(ax, counts, acc, names)
+    else:
+        ax.set_xscale('log'); ax.invert_xaxis()
+        if len(results) == 1: _name_extremes(ax, counts, acc, names)
     ax.set(xlabel='class (its training images)' if side_by_side else 'training images of the class', ylabel='test accuracy, %', ylim=(-3, 103))
     ax.set_title(title, pad=18, fontsize=10); ax.grid(axis='y', alpha=.25); ax.legend(fontsize=8)
     return ax

@@ -121,8 +121,8 @@ def read_predictions(path, # what `_write_predictions` wrote, or the folder of a
     if not os.path.isfile(path): raise LiftError(f"There are no predictions '{path}'; every run with a result leaves them in its folder")
     _check_seal(path)
     try: return _parse_predictions(path)
-    except (ValueError, OverflowError,
-        OSError) as e: raise LiftError(f"'{path}' is no table of predictions: {(str(e).splitlines() or [type(e).__name__])[0]:.100}") from None
+    except (ValueError, OverflowError, OSError) as e: reason = (str(e).splitlines() or [type(e).__name__])[0]
+    raise LiftError(f"'{path}' is no table of predictions: {reason:.100}")
 
 # %% ../../nbs/evaluation/02_predictions.ipynb #4c6b0822
 def _only_in(a:pd.DataFrame, b:pd.DataFrame)->str:

@@ -164,7 +164,7 @@ def compare_paired(first, second, # (N, C) logits or (N,) predicted classes, of 
     many:int=100, # many-shot classes have more training images than this
     few:int=20, # few-shot classes have fewer
 )->pd.DataFrame: # score → first, second, difference, low, high, p, test
-    "Difference of two runs on the same test images, with its interval and p-value: McNemar's for the overall accuracy, the sign-flip test for class means; raises `LiftError` for different lengths"
+    "Paired test of two runs: McNemar's for the overall accuracy, sign-flip for class means; raises `LiftError` for different lengths"
     preds, targs = [torch.as_tensor(p) for p in (first, second)], torch.as_tensor(targs).long()
     if any(len(p) != len(targs) for p in preds): raise LiftError(f'{len(preds[0])} and {len(preds[1])} predictions, but {len(targs)} labels')
     a, b = ((p.argmax(-1) if p.ndim > 1 else p).eq(targs).numpy() for p in preds)

@@ -126,6 +126,7 @@ def _protocol_text(tidy:pd.DataFrame, folder=None)->str:
     known = [found for _, g in done.groupby('name') if (found := _predictions_of(g, folder)) is not None]
     borders = dict(many=100, few=20) | (known[0][2] if known else {})
     notes = sorted({_single_image_note(f[0].label.value_counts()) for f in known} - {''})
+    interval = 'in brackets the 95 % confidence interval of that mean over test images within each class, for the networks as they were trained; '
     return ("Accuracy in percent on the test set of each data set, after the last epoch; groups by the data set's own training counts "
-            f"(many > {borders['many']}, few < {borders['few']}); mean ± standard deviation over {done.seed.nunique()} seeds; " + bool(known)*('in brackets the 95 % confidence interval '
-            'of that mean over test images within each class, for the networks as they were trained; ') + f'{devices}, torch {torch}.' + ''.join(f' {n}.' for n in notes))
+            f"(many > {borders['many']}, few < {borders['few']}); mean ± standard deviation over {done.seed.nunique()} seeds; "
+            f"{interval if known else ''}{devices}, torch {torch}." + ''.join(f' {n}.' for n in notes))
