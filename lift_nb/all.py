@@ -17,14 +17,14 @@ __all__ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TE
            'load_trainable', 'TEMPLATE', 'prompts', 'tokenize', 'TextTower', 'text_tower', 'text_features', 'CONTEXTS',
            'ZeroShotHead', 'zero_shot_head', 'TextHead', 'create_text_head', 'EpochCosine', 'CropSchedule',
            'FrozenEval', 'AccumulateGradients', 'AdjustLogits', 'AverageCrops', 'StopOnNonFinite', 'ScaleLoss',
-           'SkipValidation', 'LongTailLoss', 'CrossEntropy', 'LogitAdjustment', 'BalancedSoftmax', 'LADE', 'GRW',
-           'ClassBalanced', 'Focal', 'LDAM', 'Estimate', 'estimate', 'Scores', 'score_preds', 'group_metrics',
+           'WatchLoss', 'SkipValidation', 'LongTailLoss', 'CrossEntropy', 'LogitAdjustment', 'BalancedSoftmax', 'LADE',
+           'GRW', 'ClassBalanced', 'Focal', 'LDAM', 'Estimate', 'estimate', 'Scores', 'score_preds', 'group_metrics',
            'plot_per_class', 'TopPredictions', 'top_predictions', 'prediction_table', 'read_predictions',
            'compare_runs', 'intervals', 'compare_paired', 'load_original', 'save_original', 'Recipe', 'RunSettings',
            'resolve', 'run_name', 'run', 'score_table', 'compare', 'TABLES', 'table_runs', 'run_all', 'render_table',
            'saved_bytes', 'step_setup', 'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
 
-# %% ../nbs/03_all.ipynb #e1e5ac81
+# %% ../nbs/03_all.ipynb #1e4020a6
 from .core.catalog import DATASETS, BACKBONES, METHODS, ADAPTERS, HEADS, INITS, TEXT_HEADS, LOSSES
 from .core.errors import LiftError
 from .core.processes import (
@@ -44,7 +44,7 @@ from .data.tables import from_table
 from lift_nb.models.adapters import (
     Parallel, Residual, Serial, Adapter, AdaptFormer, LoRA, SSF, MaskedLinear, Prompted, auto_dim,
     auto_ratio)
-from .models.backbones import Backbone, blocks, choose_attention, tiny_clip, create_backbone
+from .models.backbones import BACKBONES, Backbone, blocks, choose_attention, tiny_clip, create_backbone
 from .models.features import FeatureCache
 from .models.heads import LinearHead, CosineHead, L2NormHead, LayerNormHead, create_head
 from .models.merge import merge
@@ -57,7 +57,7 @@ from .models.text import TEMPLATE, prompts, tokenize, TextTower, text_tower, tex
 from .models.text_heads import CONTEXTS, ZeroShotHead, zero_shot_head, TextHead, create_text_head
 from .training.callbacks import (
     EpochCosine, CropSchedule, FrozenEval, AccumulateGradients, AdjustLogits, AverageCrops,
-    StopOnNonFinite, ScaleLoss, SkipValidation)
+    StopOnNonFinite, ScaleLoss, WatchLoss, SkipValidation)
 from .training.losses import (
     LongTailLoss, CrossEntropy, LogitAdjustment, BalancedSoftmax, LADE, GRW, ClassBalanced, Focal, LDAM)
 from .training.memory import Estimate, estimate
@@ -74,7 +74,7 @@ from .bench.steps import saved_bytes, step_setup
 from .learner import lift_plus_learner
 from .predictor import save_lift, load_lift, Predictor
 
-# %% ../nbs/03_all.ipynb #fc04f5f1
+# %% ../nbs/03_all.ipynb #42d00f77
 _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT_HEADS', 'LOSSES', 'LiftError',
     'is_distributed', 'is_main', 'init_distributed', 'shutdown_distributed', 'run_on_main', 'BENCHMARKS',
     'Benchmark', 'benchmark', 'from_lists', 'cifar100', 'cifar100_lt', 'load_data', 'MDA_SCHEDULES',
@@ -82,16 +82,16 @@ _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT
     'shot_groups', 'long_tail_counts', 'long_tail_subset', 'LongTailData', 'from_arrays', 'digits_lt',
     'plot_counts', 'from_folder', 'make_long_tailed', 'open_image', 'DataReport', 'inspect', 'plot_report',
     'SeededDL', 'dataloaders', 'from_table', 'Parallel', 'Residual', 'Serial', 'Adapter', 'AdaptFormer',
-    'LoRA', 'SSF', 'MaskedLinear', 'Prompted', 'auto_dim', 'auto_ratio', 'Backbone', 'blocks',
+    'LoRA', 'SSF', 'MaskedLinear', 'Prompted', 'auto_dim', 'auto_ratio', 'BACKBONES', 'Backbone', 'blocks',
     'choose_attention', 'tiny_clip', 'create_backbone', 'FeatureCache', 'LinearHead', 'CosineHead',
     'L2NormHead', 'LayerNormHead', 'create_head', 'merge', 'LiftModel', 'set_precision', 'store_frozen',
     'recompute_blocks', 'assemble', 'compile_backbone', 'PRECISIONS', 'autocast', 'AdapterSpec', 'adapt',
     'n_trainable', 'first_token_only', 'trainable_state', 'load_trainable', 'TEMPLATE', 'prompts', 'tokenize',
     'TextTower', 'text_tower', 'text_features', 'CONTEXTS', 'ZeroShotHead', 'zero_shot_head', 'TextHead',
     'create_text_head', 'EpochCosine', 'CropSchedule', 'FrozenEval', 'AccumulateGradients', 'AdjustLogits',
-    'AverageCrops', 'StopOnNonFinite', 'ScaleLoss', 'SkipValidation', 'LongTailLoss', 'CrossEntropy',
-    'LogitAdjustment', 'BalancedSoftmax', 'LADE', 'GRW', 'ClassBalanced', 'Focal', 'LDAM', 'Estimate',
-    'estimate', 'Scores', 'score_preds', 'group_metrics', 'plot_per_class', 'TopPredictions',
+    'AverageCrops', 'StopOnNonFinite', 'ScaleLoss', 'WatchLoss', 'SkipValidation', 'LongTailLoss',
+    'CrossEntropy', 'LogitAdjustment', 'BalancedSoftmax', 'LADE', 'GRW', 'ClassBalanced', 'Focal', 'LDAM',
+    'Estimate', 'estimate', 'Scores', 'score_preds', 'group_metrics', 'plot_per_class', 'TopPredictions',
     'top_predictions', 'prediction_table', 'read_predictions', 'compare_runs', 'intervals', 'compare_paired',
     'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
     'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
