@@ -325,7 +325,7 @@ def _train_on_cached_features(learn:Learner):
 @contextmanager
 def _preserved_history(learn:Learner):
     "Afterwards the recorder holds the last training, whatever fastai has written over it"
-    kept = {k: v for k, v in vars(learn.recorder).items() if k in learn.recorder._stateattrs}
+    kept = {k: v for k, v in vars(learn.recorder).items() if k in ('lrs', 'iters', 'losses', 'values')}
     try: yield
     finally: vars(learn.recorder).update(kept)
 
