@@ -305,7 +305,7 @@ def _load_exactly(model:nn.Module, # as the checkpoint's; its weights are replac
         new = _filtered(sd, model)
         wrong = _misfits(ours, new, text)
         raw = sd.get('patch_embed.proj.weight')
-        if raw is not None and patch is not None and raw.ndim == 4 and raw.shape != patch.shape:
+        if raw is not None and patch is not None and raw.ndim == 4 and raw.shape[2:] != patch.shape[2:]: # timm would resample it
             wrong = [f'patch_embed.proj.weight has shape {tuple(raw.shape)}, not {tuple(patch.shape)}', *wrong]
         if not wrong:
             model.load_state_dict({k: v for k, v in new.items() if k in ours}, strict=False)
