@@ -70,7 +70,8 @@ def _loading_error(e:Exception, # raised while a batch was loaded, perhaps in an
     text = str(e).strip()
     if isinstance(e, LiftError) and 'Traceback' in text: return LiftError(text.splitlines()[-1].split('LiftError: ', 1)[-1])
     died = re.search(r'DataLoader worker.*(killed by signal: \w+|exited unexpectedly)', text)
-    lost = workers and isinstance(e, (ConnectionError, EOFError, FileNotFoundError, UnpicklingError, AuthenticationError)) and 'Traceback' not in text # what it sent
+    broken = ConnectionError, EOFError, FileNotFoundError, UnpicklingError, AuthenticationError # what it had sent went with it
+    lost = workers and isinstance(e, broken) and 'Traceback' not in text
     shared = workers and re.search(r'shared memory|/dev/shm|torch_shm|ancdata|Too many open files|unable to mmap', text)
     if shared: return LiftError(f'The processes that load images cannot hand them over ({shared[0]}): /dev/shm is too small or not writable, or too few '
         'files may be open; num_workers 0 needs none of it')

@@ -136,7 +136,9 @@ class StopOnNonFinite(Callback):
         every:int|None=None, # steps between two looks; None: 1 on a CPU, 50 elsewhere
         limit:int=20, # steps left out in a row that end the training under `skip`
         say=print, # where to tell what was left out
-    ): self.skip, self.every, self.limit, self.say = _lookup(_NONFINITE, nonfinite, 'answer to a NaN or infinite loss'), every, limit, say
+    ): 
+        self.skip = _lookup(_NONFINITE, nonfinite, 'answer to a NaN or infinite loss')
+        self.every, self.limit, self.say = every, limit, say
     def before_fit(self): self.left_out, self.in_a_row, self.odd, self.saved = [], 0, None, None
     def before_train(self):
         device = next(self.model.parameters()).device
@@ -161,7 +163,8 @@ class StopOnNonFinite(Callback):
         self.saved = None
     def after_train(self): self.look()
     def after_fit(self):
-        if self.left_out: self.say(f'{len(self.left_out)} step{"s were" if len(self.left_out) > 1 else " was"} left out because the loss or its gradient was NaN or infinite: '
+        if self.left_out: self.say(f'{len(self.left_out)} step{"s were" if len(self.left_out) > 1 else " was"} left out '
+            'because the loss or its gradient was NaN or infinite: '
             + ', '.join(f'epoch {e+1} batch {i+1}' for e, i in self.left_out[:3]) + (' …' if len(self.left_out) > 3 else ''))
 
 # %% ../../nbs/training/01_callbacks.ipynb #e9bdca08
