@@ -8,8 +8,9 @@ __all__ = ['DataReport', 'inspect', 'plot_report']
 # %% ../../nbs/data/07_inspection.ipynb #5504b804
 import os, re, warnings
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import get_args
 from unicodedata import name as character
 
 import matplotlib.pyplot as plt
@@ -203,8 +204,8 @@ def _read_words(path, # folder, table, or a name of `DATASETS`
     path = Path(os.path.expanduser(path))
     read = DATASETS.get(str(path)) or (from_folder if os.path.isdir(path) else from_table if os.path.exists(path)
         else _lookup(DATASETS, str(path), 'data set, folder or table'))
-    known = {k: p.default for f in (inspect, read) for k, p in signature(f).parameters.items()}
-    known = {k: d for k, d in known.items() if k not in ('data', 'path', 'table', 'kwargs', 'classes')} | dict(classes=None)
+    known = {k: p for f in (inspect, read) for k, p in signature(f).parameters.items()}
+    known = {k: p for k, p in known.items() if k not in ('data', 'path', 'table', 'kwargs')}
     for k in words[::2]:
         if k not in known: raise LiftError(f'Unknown option {k!r}; choose from {_nearest(k, known)}')
     if len(words) % 2: raise LiftError(f'Option {words[-1]!r} has no value')
@@ -212,13 +213,14 @@ def _read_words(path, # folder, table, or a name of `DATASETS`
 
 def _read_word(key:str, # of the option
     text:str, # as typed
-    default, # whose type the value gets
+    option:Parameter, # whose annotation or default is the type of the value
 ):
     "The value of an option; raises `LiftError` when it is not of its type"
     def truth(t): return dict(true=True, false=False)[t.lower()]
-    kind = truth if isinstance(default, bool) else type(default) if isinstance(default, (int, float)) else str
-    try: return kind(text)
-    except (KeyError, ValueError): raise LiftError(f'Option {key!r} must be {type(default).__name__}, not {text!r}') from None
+    types = [*get_args(option.annotation), option.annotation, type(option.default)]
+    kind = next((t for t in types if t in (bool, int, float)), str)
+    try: return (truth if kind is bool else kind)(text)
+    except (KeyError, ValueError): raise LiftError(f'Option {key!r} must be {kind.__name__}, not {text!r}') from None
 
 # %% ../../nbs/data/07_inspection.ipynb #5743cb24
 def _data_job(path, # folder, table, or a name of `DATASETS`
