@@ -11,7 +11,7 @@ from lift_nb.core.errors import LiftError
 from lift_nb.data.loaders import dataloaders
 from lift_nb.data.dataset import LongTailData, from_arrays, long_tail_counts, long_tail_subset
 from lift_nb.data.lists import _clean_name, _in_order, _name_classes
-from lift_nb.data.folders import from_folder, make_long_tailed
+from lift_nb.data.folders import _split_classes, from_folder, make_long_tailed
 from lift_nb.data.tables import _from_path, from_table
 from lift_nb.data.images import _all_image_facts, _image_facts_once, open_image
 from lift_nb.data.inspection import _print_report, inspect, _meaningless_names
@@ -200,7 +200,7 @@ def test_heic(tmp_path):
     fails(lambda: from_folder(tmp_path), "1 of 5 images cannot be read: 'a/IMG 1.HEIC'", 'pillow_heif.register_heif_opener()', 'skip_corrupt=True')
     assert 'IMG 1.HEIC' in from_folder(tmp_path, skip_corrupt=True).notes[0] and 'pillow-heif' in str(inspect(tmp_path))
 
-def test_data_job(odd, tmp_path, monkeypatch, capsys):
+def test_print_report(odd, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _print_report(str(odd), tiny=5)
     said = capsys.readouterr().out
@@ -304,3 +304,193 @@ def test_the_rule_of_the_benchmarks():
         assert np.array_equal(cut.train_images[:, 0, 0], long_tail_subset(y, [max(1, n) for n in long_tail_counts(60, 20, 1/imbalance)], 2))
         assert (cut.counts.max(), cut.counts.min()) == (60, 60//imbalance) and len(cut.test_labels) == 20
     fails(lambda: make_long_tailed(data, 61), 'is at most 60, not 61')
+
+# What people have: splits, pixels, names, columns, files
+
+def classes_of(root, start=0, **classes):
+    "root/<class>/<i>.png of noise"
+    i = start
+    for c, n in classes.items():
+        for _ in range(n): save(noise(i, (12, 12)), Path(root)/c/f'{i:03}.png'); i += 1
+    return Path(root)
+
+def listed(root): return sorted(str(f) for f in Path(root).rglob('*.png'))
+def by_folder(files, **more): return pd.DataFrame(dict(path=list(map(str, files)), label=[Path(f).parent.name for f in files], **more))
+
+@pytest.mark.parametrize('column, train, values', [(c, t, v) for c, t in [('is_train', True), ('is_training_image', True), ('Training', True), ('is_valid', False), ('isTest', False), ('is_val', False)]
+    for v in [(1, 0), (1., 0.), (True, False), ('yes', 'no'), ('TRUE', 'FALSE')]])
+def test_a_flag_never_exchanges_the_parts(tmp_path, column, train, values):
+    files = listed(classes_of(tmp_path, cat=6, emu=4))
+    flag = [i % 3 > 0 for i in range(10)]
+    data = from_table(by_folder(files, **{column: [values[0] if f else values[1] for f in flag]}))
+    assert data.train_images == [f for f, on in zip(files, flag) if on == train] and f"split from '{column}'" in data.notes[0]
+
+@pytest.mark.parametrize('words', [('Training', 'PublicTest'), ('train', 'dev'), ('Training Set', 'test set'), ('TRAIN', 'val'), ('trainset', 'testset')])
+@pytest.mark.parametrize('column', ['split', 'subset', 'Usage', 'phase', 'partition'])
+def test_words_of_a_split(tmp_path, column, words):
+    files = listed(classes_of(tmp_path, cat=6, emu=4))
+    data = from_table(by_folder(files, **{column: [words[i % 3 == 0] for i in range(10)]}))
+    assert data.test_images == files[::3]
+
+@pytest.mark.parametrize('a, b', [('Training_Set', 'Test_Set'), ('train_images', 'test_images'), ('train', 'dev'), ('imgs_train', 'imgs_val'), ('flowers-train', 'flowers-test'), ('train2017', 'val2017'), ('TrainSet', 'EvalSet')])
+def test_parts_of_a_split_in_any_spelling(tmp_path, a, b):
+    classes_of(tmp_path/a, cat=4, dog=3); classes_of(tmp_path/b, start=50, cat=2, dog=1)
+    data = from_folder(tmp_path)
+    assert data.class_names == ('cat', 'dog') and len(data.test_labels) == 3 and data.notes == (f"Training images from '{a}', test images from '{b}'",)
+
+def test_folders_that_may_be_both(tmp_path):
+    classes_of(tmp_path/'a/train', electric=3, steam=3); classes_of(tmp_path/'a', start=20, bus=3)
+    fails(lambda: from_folder(tmp_path/'a'), "'train' may be parts of a split or classes, beside 'bus'")
+    classes_of(tmp_path/'b', train=3, test=3)
+    fails(lambda: from_folder(tmp_path/'b'), "['test', 'train']", 'hold no class folders')
+    classes_of(tmp_path/'c/train', cat=4, dog=3); classes_of(tmp_path/'c', start=20, masks=3)
+    assert from_folder(tmp_path/'c').class_names == ('cat', 'dog')
+    classes_of(tmp_path/'d/train', cat=4, dog=3); classes_of(tmp_path/'d/val', start=20, cat=1, dog=1); classes_of(tmp_path/'d/test', start=40, test=3)
+    data = from_folder(tmp_path/'d')
+    assert len(data.test_labels) == 2 and data.notes[1] == 'Folders that were not used (1): test'
+    for k in range(3): classes_of(tmp_path/f'e/fold_{k}', start=9*k, cat=2, dog=1)
+    fails(lambda: from_folder(tmp_path/'e'), 'are the folds 0, 1, 2 of a cross-validation', 'with fold')
+    assert all('fold_1' in f for f in from_folder(tmp_path/'e', fold=1).test_images)
+
+@few
+@given(st.integers(0, 99), st.integers(1, 9))
+def test_an_image_more_moves_no_other_class(seed, more):
+    found = {c: [f'r/{c}/{i}.png' for i in range(n)] for c, n in dict(a=20, b=13, c=2).items()}
+    grown = {**found, 'a': found['a'] + [f'r/a/new {i}.png' for i in range(more)]}
+    one, two = (_split_classes(f, .2, seed, 'r')[1] for f in (found, grown))
+    assert one['b'] == two['b'] and one['c'] == two['c'] and len(set(one['a']) - set(two['a'])) <= more
+
+def test_groups_stay_on_one_side(tmp_path):
+    files = listed(classes_of(tmp_path, sick=20, well=20))
+    t = by_folder(files, patient=[i//4 for i in range(40)])
+    who = dict(zip(t.path, t.patient))
+    for more in (dict(), dict(seed=3), dict(fold=0), dict(fold=4), dict(test_pct=.4)):
+        data = from_table(t, group_col='patient', **more)
+        assert not {who[f] for f in data.train_images} & {who[f] for f in data.test_images} and len(set(data.test_labels)) == 2
+    data = from_table(t.assign(split=['test' if i % 2 else 'train' for i in range(40)]), group_col='patient')
+    assert any(n.startswith('Groups with both training and test images (10)') for n in data.notes)
+    for f in files: Path(f).rename(Path(f).with_name(f'p{who[f]}_{Path(f).name}'))
+    data = from_folder(tmp_path, group_by=r'(p\d+)_')
+    assert not {Path(f).name.split('_')[0] for f in data.train_images} & {Path(f).name.split('_')[0] for f in data.test_images}
+    fails(lambda: from_folder(tmp_path, group_by='('), 'regular expression'); fails(lambda: from_folder(tmp_path, group_by='zebra'), 'finds nothing in 40 of 40')
+
+def test_folds_test_each_image_once(tmp_path):
+    files = listed(classes_of(tmp_path, cat=7, emu=5))
+    tested = [f for k in range(3) for f in from_folder(tmp_path, fold=k, n_folds=3).test_images]
+    assert sorted(tested) == files
+    t = by_folder(files, fold=[i % 3 for i in range(12)])
+    assert from_table(t, fold=1).test_images == files[1::3] and 'Columns of folds that were not used' in from_table(t).notes[1]
+    fails(lambda: from_folder(tmp_path, fold=5), 'fold must lie in 0 … 4, not 5'); fails(lambda: from_table(t, fold=7), 'has the folds 0, 1, 2, not 7')
+
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_twelve_bits_are_asked_for_and_used(tmp_path, suffix):
+    x = np.linspace(0, 4095, 1600).reshape(40, 40).astype(np.uint16)
+    for c in 'ab':
+        for i in range(4): save(Image.fromarray(np.roll(x, 37*i + ord(c), 1)), tmp_path/c/f'{i}.{suffix}')
+    fails(lambda: from_folder(tmp_path), '8 images of more than 8 bits', 'reach 4095 of 65535', 'max_value, for example 4095 for 12 bits')
+    assert 'up to 4095' in str(inspect(tmp_path)) and 'up to 4095' not in str(inspect(tmp_path, max_value=4095))
+    data = from_folder(tmp_path, max_value=4095)
+    batch = dataloaders(data, [], (0,)*3, (1,)*3, bs=4, device='cpu', num_workers=0).train.one_batch()[0]
+    assert data.max_value == 4095 and batch.max() == 1 and len(batch.unique()) > 200
+    assert from_folder(tmp_path, max_value=65535).max_value == 65535
+
+def test_names_and_columns(tmp_path):
+    root = classes_of(tmp_path/'n', **{f'class_{i}': 2 for i in range(1, 13)})
+    data = from_folder(root, class_names=np.array([f'name {i}' for i in range(1, 13)]))
+    assert {Path(f).parent.name[6:] for f, y in zip(data.train_images, data.train_labels) if data.class_names[y] == 'name 10'} == {'10'}
+    assert data.notes[0].startswith('Class names by position (12): class_1 = name 1')
+    files = listed(classes_of(tmp_path/'t', cat=4, dog=4)); t = by_folder(files)
+    (tmp_path/'f.csv').write_text('path,label\n' + ''.join(f'{f},{10. if "dog" in f else 5.}\n' for f in files))
+    assert dict(zip(['5', '10'], from_table(tmp_path/'f.csv', class_names=['five', 'ten']).class_names)) == {'5': 'five', '10': 'ten'}
+    fails(lambda: from_table(t.assign(label=[1, 1, 1, 1, 2, 2, 2, 2]), class_names=['cat', 'dog', 'emu']), 'from 0 or from 1')
+    ranks = t.rename(columns=dict(label='species')).assign(**{'class': 'Mammalia', 'genus': 'x'})
+    assert from_table(ranks).class_names == ('cat', 'dog')
+    fails(lambda: from_table(t.assign(category=['a', 'b']*4)), "'label', 'category' could each hold the label", 'label_col')
+    assert from_table(t.assign(target=[0]*4 + [1]*4)).class_names == ('cat', 'dog')
+    assert from_table(t.assign(x=1., y=2.)).class_names == ('cat', 'dog')
+    fails(lambda: from_table(t.drop(columns='label').assign(x=1., y=np.arange(8.))), 'No column is called label')
+    fails(lambda: from_table(t.drop(columns='label').assign(target=np.arange(8)/3)), 'numbers with decimals, such as 0.3')
+    hot = t[['path']].assign(cat=[1.]*4 + [0.]*4, dog=[0.]*4 + [1.]*4)
+    assert from_table(hot).class_names == ('cat', 'dog') and 'label from one-hot columns' in from_table(hot).notes[0]
+    fails(lambda: from_table(hot.assign(dog=1.)), '4 rows have not a single 1')
+    twice = pd.concat([t, t[['label']]], axis=1)
+    assert from_table(twice).n_classes == 2
+    twice.iloc[:, 2] = 'other'; fails(lambda: from_table(twice), "'label' occurs 2 times")
+
+def test_files_of_tables(tmp_path):
+    files = listed(classes_of(tmp_path/'part_1', cat=4, dog=4)); t = by_folder(files)
+    bare = t.assign(path=[Path(f).stem for f in files])
+    assert from_table(bare, root=tmp_path).n_classes == 2 and 'found in folders below the root (8)' in from_table(bare, root=tmp_path).notes[1]
+    fails(lambda: from_table(bare[:1].assign(path='nowhere'), root=tmp_path), 'no suffix such as .jpg')
+    below = [str(Path(f).relative_to(tmp_path)) for f in files]
+    assert from_table(t.assign(path=[f.replace('/', '\\') for f in below]), root=tmp_path).n_classes == 2
+    for name, text in {'a': 'label, path\n' + ''.join(f'{l}, {f}\n' for f, l in zip(below, t.label)), 'b': 'sep=;\npath;label\n' + ''.join(f'{f};{l}\n' for f, l in zip(below, t.label)),
+                       'c': ''.join(f'{f},{l}\n' for f, l in zip(below, t.label))}.items():
+        (tmp_path/f'{name}.csv').write_text(text, encoding='utf-16' if name == 'b' else 'utf-8-sig')
+        assert from_table(tmp_path/f'{name}.csv').class_names == ('cat', 'dog')
+    for part, k in (('train', 0), ('test', 1)): (tmp_path/f'{part}.txt').write_text(''.join(f'{f} {int(l == "dog")}\n' for i, (f, l) in enumerate(zip(below, t.label)) if (i % 4 == 3) == k))
+    data = _from_path(tmp_path/'train.txt')
+    assert [Path(f).stem for f in data.test_images] == ['003', '007'] and "Test images from the list 'test.txt'" in data.notes
+    half = t.assign(label=[None if i % 4 == 0 else l for i, l in enumerate(t.label)], split=['test' if i % 4 == 0 else 'train' for i in range(8)])
+    assert 'Rows without path or label, left out (2)' in from_table(half).notes[1]
+    fails(lambda: from_table(half.drop(columns='split')), '2 of 8 rows have no label', 'skip_corrupt=True')
+    assert f"Files outside '{tmp_path}/part_1/cat' (4)" in from_table(t.assign(path=['../' + '/'.join(Path(f).parts[-2:]) for f in files]), root=tmp_path/'part_1/cat').notes[1]
+    fails(lambda: from_table(t.assign(split=['train', 'test']*4).pipe(lambda x: pd.concat([x, x.assign(split='test')[:1]]))), 'training and test rows')
+
+def test_what_lies_beside_images(tmp_path):
+    for i, place in enumerate(('cat/@eaDir', '@eaDir', '$RECYCLE.BIN', '__MACOSX/cat', 'cat/.ipynb_checkpoints', 'System Volume Information', 'lost+found')):
+        d = classes_of(tmp_path/str(i), cat=5, dog=4); save(noise(90), d/place/'thumb.png')
+        data = from_folder(d); assert (len(data.train_labels) + len(data.test_labels), data.notes) == (9, ()), place
+    d = classes_of(tmp_path/'m', cat=5, dog=4)
+    for f in listed(d): save(noise(7), Path(f).with_name(Path(f).stem + '_mask.png')); save(noise(8), d/'masks'/Path(f).name)
+    data = from_folder(d); assert data.class_names == ('cat', 'dog') and 'Masks or thumbnails beside the images, left out (18)' in data.notes[0]
+    d = classes_of(tmp_path/'l', cat=6, dog=4); os.symlink(d, d/'cat/up'); os.symlink(tmp_path, d/'dog/up')
+    assert len(from_folder(d).train_labels) + len(from_folder(d).test_labels) == 10
+    d = classes_of(tmp_path/'p', cat=4, dog=4); os.mkfifo(d/'cat/pipe.png'); (d/'dog/x.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n')
+    fails(lambda: from_folder(d), '2 of 10 images cannot be read', 'it is no regular file', 'not an image of a known format')
+    d = classes_of(tmp_path/'e', **{'red\x1b[31m cat': 4, 'dog\u202e': 4})
+    (d/'dog\u202e/\x1b]0;x.png').touch()
+    assert from_folder(d, skip_corrupt=True).class_names == ('dog', 'red [31m cat')
+    fails(lambda: from_folder(d), r'\x1b]0;x.png'); assert '\x1b' not in repr(inspect(d)) + str(from_folder(d, skip_corrupt=True))
+
+# Random tables and folders: right, or one sentence
+
+cells = st.one_of(st.sampled_from(['', ' ', '0', '1', '1.0', '2.5', 'nan', 'train', 'test', 'val', 'cat', 'dog', '../x.png', 'a\\b.png', '\x1b[0m', 'x' * 400, '9' * 400]), st.text(max_size=6), st.integers(-3, 3), st.floats(), st.none(), st.booleans())
+columns = st.sampled_from(['path', 'label', 'split', 'is_train', 'class', 'species', 'y', 'x', 'fold', 'file', 'image', 'set', 'target', ' label ', 'Path', 'test', ''])
+
+@pytest.fixture(scope='module')
+def ten(tmp_path_factory): return classes_of(tmp_path_factory.mktemp('ten'), cat=5, dog=5)
+
+def right_or_refused(f):
+    "The data set, or None after a `LiftError` of one line"
+    try: return f()
+    except LiftError as e: assert '\n' not in str(e) and '\x1b' not in str(e), repr(str(e))
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_random_tables(ten, data):
+    files, draw = listed(ten), data.draw
+    t = by_folder(files)
+    for c in draw(st.lists(columns, max_size=3)): t.insert(draw(st.integers(0, t.shape[1])), c, draw(st.lists(cells, min_size=10, max_size=10)), allow_duplicates=True)
+    if draw(st.booleans()): t = t.drop(columns=draw(st.sampled_from(['path', 'label'])))
+    found = right_or_refused(lambda: from_table(t, root=ten, check=False))
+    if found is not None:
+        assert set(found.train_images).isdisjoint(found.test_images) and set(found.train_images) | set(found.test_images) <= set(files)
+    text = draw(st.one_of(st.just(t.to_csv(index=False, sep=draw(st.sampled_from(',;\t|')))), st.text(max_size=60), st.binary(max_size=60)))
+    file = ten/f'random.{draw(st.sampled_from(["csv", "txt"]))}'
+    file.write_bytes(text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass'))
+    right_or_refused(lambda: _from_path(file, check=False)); file.unlink()
+
+parts = st.sampled_from(['train', 'Test', 'val', 'fold_0', 'fold_1', 'cat', 'dog', 'masks', '@eaDir', '.hidden', 'Training_Set', 'x y', '10', '9', 'images', 'test', 'caf\xe9', 'cafe\u0301'])
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.lists(parts, min_size=1, max_size=3), st.sampled_from(['a.png', 'b.png', 'a_mask.png', 'c.JPG', 'notes.txt', '.d.png'])), max_size=12), st.sampled_from([{}, dict(fold=0), dict(group_by='folder'), dict(class_names=['a', 'b'])]))
+def test_random_folders(tmp_path_factory, files, options):
+    root = tmp_path_factory.mktemp('r')
+    for dirs, name in files:
+        (d := root.joinpath(*dirs)).mkdir(parents=True, exist_ok=True); (d/name).touch()
+    found = right_or_refused(lambda: from_folder(root, check=False, **options))
+    if found is None: return
+    used = [*found.train_images, *found.test_images]
+    assert set(found.train_images).isdisjoint(found.test_images) and not any('@eaDir' in f or '/.' in f for f in used)
+    assert len(used) == len(set(used)) and all(os.path.isfile(f) for f in used)

@@ -8,8 +8,9 @@ __all__ = ['DataReport', 'inspect', 'plot_report']
 # %% ../../nbs/data/07_inspection.ipynb #5504b804
 import os, re, warnings
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import get_args
 from unicodedata import name as character
 
 import matplotlib.pyplot as plt

@@ -34,12 +34,18 @@ class _Pick(Transform):
         n = len(self.first)
         return self.first[i] if i < n else self.second[i-n]
 
+class _Open(Transform):
+    "Image of any kind → RGB, with the data set's value of white"
+    input_types = object
+    def __init__(self, max_value=None): self.max_value = max_value
+    def encodes(self, x): return open_image(x, self.max_value)
+
 def _datasets(data:LongTailData, # what to load
 )->Datasets: # training items first, then the test items
     "fastai `Datasets` of (image, category)"
     n, m, vocab = len(data.train_labels), len(data.test_labels), data.vocab
     names = _Pick(*([vocab[y] for y in ys] for ys in (data.train_labels, data.test_labels)))
-    tfms = [[_Pick(data.train_images, data.test_images), open_image], [names, Categorize(vocab=vocab, sort=False)]]
+    tfms = [[_Pick(data.train_images, data.test_images), _Open(data.max_value)], [names, Categorize(vocab=vocab, sort=False)]]
     return Datasets(range(n+m), tfms, splits=[list(range(n)), list(range(n, n+m))])
 
 # %% ../../nbs/data/09_loaders.ipynb #84ff3cbe
