@@ -186,7 +186,8 @@ def _read_checkpoint(path, # .safetensors, or a file of `torch.save`
         reason = f'it holds a {type(found).__name__}'
     raise LiftError(f"'{path}' is not a file of plain tensors ({reason}); save the model's state_dict as safetensors and give that file")
 
-_CONTAINERS = ('state_dict_ema', 'model_ema', 'teacher', 'state_dict', 'model', 'model_state_dict', 'weights', 'net', 'network', 'backbone', 'encoder',
+_CONTAINERS = ('state_dict_ema', 'model_ema', 'teacher', 'state_dict', 'model', 'model_state_dict', 'weights', 'net', 'network', 'backbone',
+    'encoder',
     'module', 'params', 'student') # of several that fit, the first: averaged weights before others
 
 def _state_dicts(found:dict, # of `_read_checkpoint`
@@ -221,7 +222,8 @@ _HF_CLIP = (('visual_projection.weight', 'visual.proj'), ('text_projection.weigh
     ('vision_model.post_layernorm', 'visual.ln_post'), ('vision_model.encoder.layers', 'visual.transformer.resblocks'),
     ('text_model.embeddings.token_embedding', 'token_embedding'), ('text_model.embeddings.position_embedding.weight', 'positional_embedding'),
     ('text_model.final_layer_norm', 'ln_final'), ('text_model.encoder.layers', 'transformer.resblocks'))
-_HF_CLIP_BLOCK = (('self_attn.q_proj', 'attn.q'), ('self_attn.k_proj', 'attn.k'), ('self_attn.v_proj', 'attn.v'), ('self_attn.out_proj', 'attn.out_proj'),
+_HF_CLIP_BLOCK = (('self_attn.q_proj', 'attn.q'), ('self_attn.k_proj', 'attn.k'), ('self_attn.v_proj', 'attn.v'), ('self_attn.out_proj',
+    'attn.out_proj'),
     ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj'))
 
 def _renamed(name:str, table)->str: # pairs of theirs and ours
@@ -281,7 +283,8 @@ def _misfits(ours:dict, # name → tensor of the network
 )->list: # phrases: missing, left over, of another shape
     "What keeps a state dict from being the network's"
     extra = [k for k in sd if k not in ours and not _HEADS.search(k) and not _UNNEEDED.search(k)]
-    if text: extra = [k for k in extra if not k.startswith(('transformer.', 'token_embedding.', 'positional_embedding', 'ln_final', 'text', 'logit_'))]
+    if text: extra = [k for k in extra if not k.startswith(('transformer.', 'token_embedding.', 'positional_embedding', 'ln_final', 'text',
+        'logit_'))]
     shapes = [f'{k} has shape {tuple(sd[k].shape)}, not {tuple(v.shape)}' for k, v in ours.items() if k in sd and sd[k].shape != v.shape]
     return [*(f'missing {k}' for k in ours if k not in sd and not _UNNEEDED.search(k)), *shapes, *(f'left over {k}' for k in extra)]
 
@@ -314,7 +317,8 @@ def _load_exactly(model:nn.Module, # as the checkpoint's; its weights are replac
     if nearest is None: raise LiftError(f"There are no tensors in the checkpoint for '{name}'")
     where, wrong = nearest
     kinds = [f"{len(w)} {w[0].split()[0] if w[0].startswith('missing') else 'left over' if w[0].startswith('left') else 'of another shape'}"
-             for w in ([x for x in wrong if x.startswith('missing')], [x for x in wrong if x.startswith('left over')], [x for x in wrong if ' has shape ' in x]) if w]
+             for w in ([x for x in wrong if x.startswith('missing')], [x for x in wrong if x.startswith('left over')], [x for x in wrong
+                 if ' has shape ' in x]) if w]
     raise LiftError(f"The checkpoint does not fit '{name}' ({', '.join(kinds)} of {len(ours)}{f', read below {where!r}' if where else ''}): "
                     + '; '.join(wrong[:4])[:300])
 
@@ -450,7 +454,8 @@ def tiny_clip(checkpoint=None, # local file instead of the embedded weights
     resolution:int|None=None, # pixels, when not 32
 )->Backbone:
     "The small CLIP of this package, trained on rendered characters"
-    b = _clip_backbone(_read_weights(checkpoint or _tiny_clip_file), 'tiny_clip', resolution=resolution, text_heads=1, weights=str(checkpoint or 'embedded'))
+    b = _clip_backbone(_read_weights(checkpoint or _tiny_clip_file), 'tiny_clip', resolution=resolution, text_heads=1, weights=str(checkpoint
+        or 'embedded'))
     if not pretrained: b.model.init_weights(); b.weights = 'random'
     return b
 
@@ -537,7 +542,8 @@ def _open_clip_backbone(name:str, # 'model/tag'
     if 'layers' not in cfg['vision_cfg'] or isinstance(cfg['vision_cfg']['layers'], list) or 'hf_model_name' in cfg['text_cfg']:
         raise LiftError(f"'{arch}' is not a CLIP of two plain transformers; give the image tower by its timm name instead")
     try:
-        with _quiet_hub(): model, _, tfm = open_clip.create_model_and_transforms(arch, pretrained=source if pretrained else None, force_image_size=resolution)
+        with _quiet_hub(): model, _, tfm = open_clip.create_model_and_transforms(arch, pretrained=source if pretrained else None,
+            force_image_size=resolution)
     except Exception as e: raise _unreachable(name, f'open_clip {arch}, {source}', e) from None
     norm = tfm.transforms[-1]
     return _clip_backbone(model.state_dict(), name, heads=model.visual.transformer.resblocks[0].attn.num_heads, weights=source or 'random',

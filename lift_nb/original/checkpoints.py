@@ -71,7 +71,8 @@ def _original_names(model:LiftModel)->dict: # the original's name → tensor
         raise LiftError(f'The original program knows no LayerScale, so its AdaptFormer would compute something else in {inside[0]}; use save_lift and load_lift')
     towers = _tower_names(model.backbone, 'image_encoder')
     if not isinstance(model.head, TextHead): return {**{f'classifier.{n}': p for n, p in model.head.named_parameters()}, **towers}
-    ends = {re.sub(f'^{re.escape(ours)}', theirs, n): p for n, p in model.head.named_parameters() for ours, theirs in _HEAD_NAMES if n.startswith(ours)}
+    ends = {re.sub(f'^{re.escape(ours)}', theirs, n): p for n, p in model.head.named_parameters() for ours, theirs in _HEAD_NAMES
+        if n.startswith(ours)}
     return {**ends, **towers, **_tower_names(model.head.tower, 'text_encoder')}
 
 # %% ../../nbs/original/01_checkpoints.ipynb #d3b19bbf
