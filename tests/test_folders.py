@@ -154,7 +154,7 @@ def lift_nb(*words, cwd): return subprocess.run([sys.executable, '-m', 'lift_nb'
     env={**os.environ, 'PYTHONPATH': str(Path(__file__).parent.parent)})
 
 def test_trained_through_the_shell(readable, tmp_path):
-    done = lift_nb('-d', readable, 'epochs', 1, 'batch_size', 8, 'output_dir', tmp_path/'out', cwd=tmp_path)
+    done = lift_nb('-d', readable, '-b', 'tiny_clip', 'epochs', 1, 'batch_size', 8, 'output_dir', tmp_path/'out', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log, result = (tmp_path/'out/log.txt').read_text(encoding='utf-8'), json.loads((tmp_path/'out/result.json').read_text(encoding='utf-8'))
     for part in ('lonely emu', 'never tested', 'leak.png', 'loose.png', 'Thumbs.db'): assert part in log, part

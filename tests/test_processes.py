@@ -113,7 +113,7 @@ def test_what_the_processes_say(two):
     found = json.loads((two/'said.json').read_text())
     assert found['processes'] == 2
     assert found['drawn'][0] == found['drawn'][1] # the main process's draw, each image in its place, with workers
-    assert found['said'] == ['A batch of 33 images cannot be cut into 2 equal pieces, 1 for each of 2 processes',
+    assert found['said'] == ['A batch of 33 images cannot be divided into 2 equal gradient-accumulation steps, 1 for each of 2 processes',
         'The processes differ: images is 0 in the first and 1 in process 2', 'not this one']
 
 def test_a_lost_connection_is_a_sentence(monkeypatch):

@@ -39,7 +39,7 @@ from .recipe import Recipe, RunSettings, _FIELDS, _check_value, _known, _data_wo
 from .build import _build, _inputs, _logits, _train_on_cached_features, _uses_cached_features
 
 # %% ../../nbs/experiments/02_run.ipynb #cd875e2b
-_CHECKPOINTS = 'resume' # the folder of the save points in that of a run
+_CHECKPOINTS = 'resume' # the folder of the checkpoints in that of a run
 
 def _identity(r:Recipe, # resolved
     data, # `LongTailData`

@@ -50,7 +50,7 @@ class Backbone:
     mean: tuple # (3,) of the images in [0, 1]
     std: tuple # (3,)
     image_proj: Tensor|None = None # (d, e) into CLIP's joint space
-    text: object = None # state dict in OpenAI's naming or (open_clip name, tag): see the room `text`; None: no text tower
+    text: object = None # state dict in OpenAI's naming or (open_clip name, tag): see `models.text`; None: no text tower
     init: str = 'class_mean' # initialisation of the head when none is asked for
     weights: str = 'random' # where the weights came from, for reports
     act: str = 'quick_gelu' # activation of a CLIP's towers, timm's name

@@ -131,7 +131,7 @@ _ORIGINAL = {
     'prec_test': _Option('test_precision', 'fp16', 'fp16, bf16, fp32; not given: as in training', _one_of(_MIXED)),
     'num_epochs': _Option('epochs', 5, 'of the training'),
     'batch_size': _Option('batch_size', 128, 'images in a step'),
-    'accum_step': _Option('accum_step', 1, 'pieces into which a batch is cut; auto: as few as fit'),
+    'accum_step': _Option('accum_step', 1, 'gradient-accumulation steps of a batch; auto: as few as fit'),
     'lr': _Option('lr', 0.02, 'of the first epoch'),
     'weight_decay': _Option('weight_decay', 5e-4, 'on every trained tensor'),
     'momentum': _Option('momentum', 0.9, 'of SGD'),

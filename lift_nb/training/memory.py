@@ -70,7 +70,7 @@ def _divisors(n:int)->list:
 def _accumulation_steps(batch_size:int, # images in a step
     fits, # images in a piece → does it fit?
 )->int:
-    "The smallest number of equal pieces that fit; raises `LiftError` when not even a single image does"
+    "The smallest number of gradient-accumulation steps that fit; raises `LiftError` when not even a single image does"
     k = next((k for k in _divisors(batch_size) if fits(batch_size//k)), None)
     if k is None: raise LiftError('Not even one image fits into the memory; recompute True, half precision '
                                 '(precision and frozen_precision bf16) or a smaller resolution need less')
@@ -118,7 +118,7 @@ def _choose_accum_step(model:nn.Module, # on its device
     batch_size:int, # images in a step
     resolution:int, # pixels
 )->int:
-    "The smallest number of pieces of a batch that fit into the memory, the same in all processes"
+    "The smallest number of gradient-accumulation steps with which a batch fits into the memory, the same in all processes"
     device = next(model.parameters()).device
     fits = _fits_on_gpu(model, resolution) if device.type == 'cuda' else _fits_by_estimate(model, resolution, _free_bytes())
     k = torch.tensor(_accumulation_steps(batch_size//_world_size(), fits), device=device)
