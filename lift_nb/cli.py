@@ -203,9 +203,8 @@ def _predict(words, top=None, tte=None, expand=None, skip_corrupt=None, out=None
     if lost := [i for i in images if not os.path.exists(i)]: raise LiftError(f'There is no image or folder {lost[0]!r:.200}')
     if device is not None: _check_value('device', device)
     top, tte, skip = _own('top', top, _whole, 1), _own('tte', tte, _flag, False), _own('skip_corrupt', skip_corrupt, _flag, False)
-    from lift_nb.experiments.run import _choose_device
     from lift_nb.predictor import _list_images, load_lift
-    p = load_lift(run, checkpoint=checkpoint, device=_choose_device(device or 'cpu'))
+    p = load_lift(run, checkpoint=checkpoint, device=device or 'cpu')
     found = p.predict([x for i in images for x in _list_images(i)], top, tte=tte, skip_corrupt=skip, expand=_own('expand', expand, _whole))
     for path, reason in found.attrs.get('skipped', {}).items(): print(f'lift_nb: left out {path}: {reason}', file=sys.stderr)
     if out is None: return print(found.round(4).to_string(index=False))

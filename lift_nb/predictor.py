@@ -140,7 +140,7 @@ def load_lift(path, # what `save_lift` wrote, or the folder of a run
     _load_tensors(model, tensors, about)
     return Predictor(model.eval() if precision is None else _set_compute_precision(model.eval(), precision), about)
 
-# %% ../nbs/01_predictor.ipynb #4e2615eb
+# %% ../nbs/01_predictor.ipynb #6d9f907e
 def _is_one(x)->bool:
     "Is it a single image that is no array: a path, a PIL image, the bytes of a file or an open file?"
     return isinstance(x, (str, os.PathLike, Image.Image, bytes, bytearray)) or hasattr(x, 'read')
@@ -178,8 +178,23 @@ def _opened_image(x)->Image.Image: # RGB, upright
     "Open a path, PIL image, array, the bytes of a file, or an open file"
     if not isinstance(x, (bytes, bytearray)) and not hasattr(x, 'read'): return _read_rgb(x)
     try: return _read_rgb(Image.open(BytesIO(x) if isinstance(x, (bytes, bytearray)) else x))
-    except (OSError, SyntaxError) as e: raise LiftError(f'These bytes are no image ({type(e).__name__}): give those of an image file, or Image.open(…)') from None
+    except (OSError, SyntaxError) as e:
+        raise LiftError(f'These bytes are no image ({type(e).__name__}): '
+            'give those of an image file, or Image.open(…)') from None
 
+def _readable(images:list, # of what `_opened_image` takes
+    crop, # with `pixels`
+    start:int, # number of the first image
+    skipped:dict|None, # takes number → reason of images that cannot be read; None: raise
+): # yields (3, R, R) or (5, 3, R, R)
+    "Open and crop images"
+    for i, x in enumerate(images, start):
+        try: yield crop.pixels(_opened_image(x))
+        except LiftError as e:
+            if skipped is None: raise
+            skipped[i] = str(e)
+
+# %% ../nbs/01_predictor.ipynb #4e2615eb
 class Predictor:
     "A trained model with its classes and its crops"
     def __init__(self, model:LiftModel, # in eval mode, on its device
@@ -191,16 +206,6 @@ class Predictor:
         self.mean, self.std = (torch.tensor(images[k], device=self.device).view(3, 1, 1) for k in ('mean', 'std'))
     def __repr__(self):
         return f"{self.about['weights']}, {len(self.classes)} classes: {', '.join(self.classes[:5])}{' …'*(len(self.classes) > 5)}"
-    def tensor(self, x, crop): # what `_opened_image` takes → (3, R, R), or (5, 3, R, R)
-        return crop.pixels(_opened_image(x))
-    def readable(self, images:list, crop, # as in `tensor`
-        start:int, skipped:dict|None, # number of the first, and where to put what cannot be read; None: raise
-    ): # yields tensors
-        for i, x in enumerate(images, start):
-            try: yield self.tensor(x, crop)
-            except LiftError as e:
-                if skipped is None: raise
-                skipped[i] = str(e)
     @torch.no_grad()
     def logits(self, images, # a path, folder, array, tensor, PIL image, bytes or open file, or several
         tte:bool=False, # five crops of each image?
@@ -211,7 +216,7 @@ class Predictor:
         "Return raw logits, a row for each image that was read"
         images, crop, out = _list_images(images), FiveCrops(self.resolution, expand) if tte else self.crop, []
         for i in range(0, len(images), bs):
-            if not (x := list(self.readable(images[i:i+bs], crop, i, skipped))): continue
+            if not (x := list(_readable(images[i:i+bs], crop, i, skipped))): continue
             x = torch.stack(x).to(self.device).float()/255
             z = self.model(((x - self.mean)/self.std).flatten(0, -4))
             out.append((z.unflatten(0, (-1, 5)).mean(1) if tte else z).float().cpu())

@@ -185,8 +185,9 @@ def _check_frozen_weights(model:LiftModel, # with its modules
                         'here it would compute something else: train it again, or use that version')
     found = _frozen_digest(model, tuned, about['layout'])
     if found != about['digest']:
-        raise LiftError(f"The frozen weights are not those that this model was trained on ({about.get('weights')}), or the network is another: their checksum is "
-            f"{found[:12]}, not {about['digest'][:12]}; pass their file as checkpoint, or the network as backbone")
+        raise LiftError(f"The frozen weights are not those that this model was trained on ({about.get('weights')}), "
+            f"or the network is another: their checksum is {found[:12]}, not {about['digest'][:12]}; "
+            'pass their file as checkpoint, or the network as backbone')
 
 def _load_tensors(model:LiftModel, # without trained tensors
     tensors:dict, about:dict, # of `_read_lift`
