@@ -51,6 +51,7 @@ from .models.merge import merge
 from .models.model import (
     LiftModel, set_precision, store_frozen, recompute_blocks, assemble, compile_backbone)
 from .models.precision import PRECISIONS, autocast
+from .models.saved import save_lift
 from .models.surgery import (
     AdapterSpec, adapt, n_trainable, first_token_only, trainable_state, load_trainable)
 from .models.text import TEMPLATE, prompts, tokenize, TextTower, text_tower, text_features
@@ -72,7 +73,7 @@ from .experiments.sweeps import TABLES, table_runs, run_all
 from .experiments.tables import render_table
 from .bench.steps import saved_bytes, step_setup
 from .learner import lift_plus_learner
-from .predictor import save_lift, load_lift, Predictor
+from .predictor import load_lift, Predictor
 
 # %% ../nbs/03_all.ipynb #42d00f77
 _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT_HEADS', 'LOSSES', 'LiftError',

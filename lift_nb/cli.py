@@ -184,7 +184,7 @@ def _bench(words):
 def _env():
     "Show versions, processor, memory and threads, for a report of a problem"
     from lift_nb.bench.speed import _machine
-    from lift_nb.predictor import _package_versions
+    from lift_nb.models.saved import _package_versions
     print(_machine(), *(f'{n:16} {v}' for n, v in _package_versions().items()), sep='\n')
 
 # %% ../nbs/02_cli.ipynb #4b5a50e6

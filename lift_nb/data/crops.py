@@ -12,9 +12,8 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from fastai.torch_core import TensorImage
-from fastai.vision.core import PILImage
 from fasttransform import Transform
+from PIL import Image
 
 from ..core.errors import _lookup
 
@@ -54,7 +53,7 @@ class MinimalistCrop(Transform):
         scale:float=0.08, # smallest crop area to start with
     ): self.size, self.scale = size, torch.tensor(float(scale)).share_memory_()
     def set_scale(self, scale:float): self.scale.fill_(scale)
-    def encodes(self, x:PILImage):
+    def encodes(self, x:Image.Image):
         top, left, side = _crop_box(*x.size, self.scale.item())
         return F.resized_crop(x, top, left, side, side, [self.size]*2, InterpolationMode.BICUBIC)
 
@@ -64,7 +63,7 @@ class ClassicCrop(Transform):
     order, split_idx = 1, 0
     def __init__(self, size:int, # pixels of the result's sides
     ): self.tfm = v2.Compose([v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
-    def encodes(self, x:PILImage): return self.tfm(x)
+    def encodes(self, x:Image.Image): return self.tfm(x)
 
 # %% ../../nbs/data/08_crops.ipynb #6aedb676
 def _default_expand(size:int, # resolution of the backbone
@@ -80,15 +79,23 @@ class CenterCrop(Transform):
         expand:int|None=None, # margin in pixels; None: `_default_expand`
     ): self.size, self.expand = size, _default_expand(size) if expand is None else expand
     def resize(self, x): return F.resize(x, [self.size+self.expand], InterpolationMode.BICUBIC)
-    def encodes(self, x:PILImage): return F.center_crop(self.resize(x), [self.size]*2)
+    def crop(self, x): return F.center_crop(self.resize(x), [self.size]*2)
+    def pixels(self, x): # (3, size, size), uint8
+        "Return what the network sees of a PIL image, without fastai"
+        return F.pil_to_tensor(self.crop(x))
+    def encodes(self, x:Image.Image): return self.crop(x)
 
 class FiveCrops(CenterCrop):
     "Four corners and centre of the resized image as one (5, 3, size, size) tensor; for test-time ensembling"
     def __init__(self, size:int, # pixels of the result's sides
         expand:int|None=None, # margin in pixels; None: 24
     ): super().__init__(size, _default_expand(size, tte=True) if expand is None else expand)
-    def encodes(self, x:PILImage):
-        return TensorImage(torch.stack([F.pil_to_tensor(c) for c in F.five_crop(self.resize(x), [self.size]*2)]))
+    def pixels(self, x): # (5, 3, size, size), uint8
+        "Return the five crops of a PIL image, without fastai"
+        return torch.stack([F.pil_to_tensor(c) for c in F.five_crop(self.resize(x), [self.size]*2)])
+    def encodes(self, x:Image.Image):
+        from fastai.torch_core import TensorImage # here, so that prediction does without fastai
+        return TensorImage(self.pixels(x))
 
 # %% ../../nbs/data/08_crops.ipynb #9206925a
 class _PlainCrop(CenterCrop):

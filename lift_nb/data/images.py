@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import chunked
 from fastcore.parallel import parallel
-from fastai.vision.core import PILImage
 
 from ..core.errors import LiftError
 
@@ -108,10 +107,10 @@ def _opened(x, # path, bytes, open file, array, tensor or PIL image
 
 def _decoded(im:Image.Image, # opened
     max_value:float|None=None, # value of white in images of more than 8 bits
-)->PILImage: # RGB, upright
+)->Image.Image: # RGB, upright
     "All pixels of an opened image, in the one form that training sees"
     im.load()
-    return PILImage(_flatten_alpha(_to_eight_bits(_apply_orientation(im), max_value)))
+    return _flatten_alpha(_to_eight_bits(_apply_orientation(im), max_value))
 
 # %% ../../nbs/data/00_images.ipynb #e698fb0b
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
@@ -137,13 +136,20 @@ def _error_reason(e:Exception, # what opening `x` raised
     if isinstance(e, UnidentifiedImageError): return 'not an image of a known format'
     return _printable(getattr(e, 'strerror', None) or str(e) or type(e).__name__)
 
-def open_image(x, # path, bytes, open file, array or tensor (H, W[, 1, 3 or 4]), or PIL image
+def _read_rgb(x, # path, bytes, open file, array or tensor (H, W[, 1, 3 or 4]), or PIL image
     max_value:float|None=None, # value of white in images of more than 8 bits; None: that of 16 bits
-)->PILImage: # RGB
-    "Open one image; raises `LiftError` with the file's name when it cannot be read"
+)->Image.Image: # RGB, upright
+    "Read one image as Pillow knows it; raises `LiftError` with the file's name when it cannot be read"
     try:
         with _opened(x, max_value) as im: return _decoded(im, max_value)
     except Exception as e: raise LiftError(f"Cannot read the image '{_image_label(x)}': {_error_reason(e, x)}") from None
+
+def open_image(x, # path, bytes, open file, array or tensor (H, W[, 1, 3 or 4]), or PIL image
+    max_value:float|None=None, # value of white in images of more than 8 bits; None: that of 16 bits
+)->Image.Image: # RGB, fastai's `PILImage`
+    "Open one image for fastai; raises `LiftError` with the file's name when it cannot be read"
+    from fastai.vision.core import PILImage # here, so that prediction does without fastai
+    return PILImage(_read_rgb(x, max_value))
 
 # %% ../../nbs/data/00_images.ipynb #465f51a0
 class _ImageFacts(NamedTuple):

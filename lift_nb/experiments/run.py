@@ -34,7 +34,7 @@ from ..training.memory import _peak_memory, estimate
 from ..evaluation.metrics import Scores, plot_per_class, score_preds
 from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
 from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
-from ..predictor import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
+from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
 from .recipe import Recipe, RunSettings, _FIELDS, _check_value, _known, _data_word, _result_settings, _value_word, resolve, run_name
 from .build import _build, _inputs, _logits, _train_on_cached_features, _uses_cached_features
 
