@@ -13,7 +13,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import nn
 
 from lift_nb.models.adapters import SSF, Adapter, LoRA, MaskedLinear, Parallel, Residual, Serial, _columns
-from lift_nb.models.backbones import blocks, _clip_backbone, _clip_rn_from, create_backbone, _memory_saving_activations, _n_features
+from lift_nb.models.backbones import blocks, _clip_backbone, _clip_rn_from, create_backbone, _memory_saving_activations, _n_features, choose_attention
 from lift_nb.core.errors import LiftError
 from lift_nb.models.heads import CosineHead
 from lift_nb.original.checkpoints import load_original, _original_state, save_original
@@ -430,6 +430,7 @@ def test_vit_there_and_back(name, seed, data, suffix, tmp_path_factory):
     save_original(model, file)
     back = load_original(file, copy.deepcopy(frozen), partial=True)
     assert first_token_only(back.backbone, short) == (short and config['global_pool'] == 'token')
+    for m in (back, model): choose_attention(m.backbone, 'cpu') # load_original chooses it
     assert torch.equal(back(x), model(x))
     there, again = _original_state(model), _original_state(back)
     assert there.keys() == again.keys() and all(torch.equal(there[k], again[k]) for k in there)

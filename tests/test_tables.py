@@ -111,7 +111,10 @@ def test_a_table_that_was_moved(carried_out, tmp_path, monkeypatch, capsys):
 def test_seeds_tested_on_different_images(carried_out, tmp_path):
     shutil.copytree(carried_out[0], tmp_path/'t')
     place = tmp_path/'t'/Path(carried_out[1].folder[1]).name
-    _write_predictions(place/'predictions.csv', read_predictions(place)[:499])
+    seal = _write_predictions(place/'predictions.csv', read_predictions(place)[:499])
+    with pytest.raises(LiftError, match='is not the table that was written with result.json'): render_table(carried_out[1], tmp_path/'t')
+    result = json.loads((place/'result.json').read_text(encoding='utf-8'))
+    (place/'result.json').write_text(json.dumps({**result, 'predictions': seal}), encoding='utf-8')
     with pytest.raises(LiftError, match="not predictions for the same images: 1 \\('499'\\) of 500"): render_table(carried_out[1], tmp_path/'t')
     (place/'predictions.csv').unlink()
     assert '[' not in render_table(carried_out[1], tmp_path/'t').loc['linear probing', 'overall'] and '[' in render_table(carried_out[1], tmp_path/'t').loc['LIFT+', 'overall']

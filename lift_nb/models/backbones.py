@@ -288,6 +288,7 @@ def _misfits(ours:dict, # name → tensor of the network
     shapes = [f'{k} has shape {tuple(sd[k].shape)}, not {tuple(v.shape)}' for k, v in ours.items() if k in sd and sd[k].shape != v.shape]
     return [*(f'missing {k}' for k in ours if k not in sd and not _UNNEEDED.search(k)), *shapes, *(f'left over {k}' for k in extra)]
 
+# %% ../../nbs/models/02_backbones.ipynb #790fcd5e
 def _readings(found:dict, model:nn.Module): # yields container and prefix, state dict, before timm read it
     "Every way to read a checkpoint: each container, each prefix, as it is and translated"
     n = len(model.state_dict())
@@ -447,7 +448,8 @@ def _clip_backbone(sd:dict, # CLIP's state dict, both towers, OpenAI's naming
     return Backbone(name, image_proj=proj, model=model, **{**facts, **kwargs})
 
 # %% ../../nbs/models/02_backbones.ipynb #ab83e2f5
-_tiny_clip_file = Path(__file__).parent.parent/'weights'/'tiny_clip.safetensors' if '__file__' in globals() else Path('../../lift_nb/weights/tiny_clip.safetensors')
+_tiny_clip_file = Path(__file__).parent.parent/'weights'/'tiny_clip.safetensors' if '__file__' in globals() else \
+    Path('../../lift_nb/weights/tiny_clip.safetensors')
 
 def tiny_clip(checkpoint=None, # local file instead of the embedded weights
     pretrained:bool=True, # False: a random image tower

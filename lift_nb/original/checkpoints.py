@@ -68,7 +68,8 @@ def _tower_names(tower:nn.Module, # image or text tower
 def _original_names(model:LiftModel)->dict: # the original's name → tensor
     "Every tensor that a checkpoint of this model could hold; raises `LiftError` for what the original computes in another way"
     if inside := _scaled_adaptformers(model):
-        raise LiftError(f'The original program knows no LayerScale, so its AdaptFormer would compute something else in {inside[0]}; use save_lift and load_lift')
+        raise LiftError(f'The original program knows no LayerScale, so its AdaptFormer would compute something else '
+            f'in {inside[0]}; use save_lift and load_lift')
     towers = _tower_names(model.backbone, 'image_encoder')
     if not isinstance(model.head, TextHead): return {**{f'classifier.{n}': p for n, p in model.head.named_parameters()}, **towers}
     ends = {re.sub(f'^{re.escape(ours)}', theirs, n): p for n, p in model.head.named_parameters() for ours, theirs in _HEAD_NAMES

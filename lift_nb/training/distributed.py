@@ -42,7 +42,8 @@ def _check_shares(bs:int, # images in a step
     accum_step:int=1, # pieces into which a process cuts its share
 ):
     "Raise `LiftError` for a batch that does not give every process equal shares"
-    if bs % (accum_step*_world_size()): raise LiftError(f'A batch of {bs} images cannot be divided into {accum_step*_world_size()} equal gradient-accumulation steps'
+    if bs % (accum_step*_world_size()): raise LiftError(f'A batch of {bs} images cannot be divided into {accum_step*_world_size()} equal '
+        'gradient-accumulation steps'
         + f', {accum_step} for each of {_world_size()} processes'*(_world_size() > 1))
 
 # %% ../../nbs/training/02_distributed.ipynb #cf5d6d7c
