@@ -52,7 +52,9 @@ def test_two_runs_in_the_shell(carried_out, capsys):
 def test_what_cannot_be_compared(carried_out, tmp_path, capsys):
     a = Path(carried_out[1].folder[0])
     shutil.copytree(a, tmp_path/'b')
-    _write_predictions(tmp_path/'b/predictions.csv', read_predictions(a)[:400].assign(label=1))
+    seal = _write_predictions(tmp_path/'b/predictions.csv', read_predictions(a)[:400].assign(label=1))
+    result = json.loads((tmp_path/'b/result.json').read_text(encoding='utf-8'))
+    (tmp_path/'b/result.json').write_text(json.dumps({**result, 'predictions': seal}), encoding='utf-8')
     for words, says in ([a, tmp_path/'nowhere'], 'There are no predictions'), ([a, tmp_path/'b'], '100 (\'400\''), ([a], 'takes'):
         assert main(['compare', *map(str, words)]) == 2
         err = capsys.readouterr().err
