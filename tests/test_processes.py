@@ -43,7 +43,7 @@ def trained(**options)->dict: # of tensors
     learn = small(**options)
     with learn.distrib_ctx(), learn.no_bar(), learn.no_logging():
         learn.fit_lift()
-        about = dict(losses=torch.stack(list(learn.recorder.losses)), metrics=torch.tensor([[v or 0. for v in row] for row in learn.recorder.values]),
+        about = dict(losses=torch.stack(list(learn.recorder.losses)), metrics=torch.tensor([[float(v) if isinstance(v, (int, float)) else 0. for v in row] for row in learn.recorder.values]),
             left_out=torch.tensor((learn.scale_loss if learn.model.precision == 'fp16' else learn.stop_on_non_finite).left_out))
         about['logits'], about['labels'] = learn.logits(tte=True)
     with _distributed_fit(learn), learn.no_bar(), learn.no_logging(): about['inputs'] = learn.get_preds(with_input=True)[0]
