@@ -6,9 +6,8 @@
 __all__ = ['lift_plus_learner']
 
 # %% ../nbs/00_learner.ipynb #b1bbf5c6
-from contextlib import contextmanager
 from dataclasses import fields
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, Signature
 
 import pandas as pd
 from fastcore.basics import patch
@@ -16,11 +15,11 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 import fastai.vision.learner  # teaches show_results about images
 
+from .core.deprecated import _moved
 from .core.errors import LiftError, _nearest
 from .evaluation.metrics import Scores, score_preds
 from .training.callbacks import EpochCosine
 from .training.checkpoints import _fit_resumably
-from .models.model import LiftModel
 from .experiments.recipe import Recipe, _ALIASES, _FIELDS, _result_settings, resolve
 from .experiments.build import _build, _logits, _train_on_cached_features, _tte_dl
 
@@ -58,6 +57,9 @@ def lift_plus_learner(data, # a name of `DATASETS`, a folder, a table, a `LongTa
     return _build(resolve(data=data, backbone=backbone, method=method, **ours), **options)
 
 lift_plus_learner.__signature__ = _settings_signature(lift_plus_learner, ('data', 'backbone', 'method'), _LEARNER_OPTIONS)
+
+# %% ../nbs/00_learner.ipynb #c91a4994
+__getattr__ = _moved('lift_nb.learner', dict(LiftModel='models.model:LiftModel'))
 
 # %% ../nbs/00_learner.ipynb #3eaadd4b
 @patch

@@ -179,7 +179,7 @@ def test_corrupt_files_left_out_through_python(odd):
     assert [a is None for a in scores.per_class] == [n == 'never tested' for n in NAMES] and all(part in str(learn.data) for part in SAID)
 
 def test_corrupt_files_left_out_through_the_shell(odd, tmp_path):
-    done = lift_nb('-d', odd, 'skip_corrupt', True, 'epochs', 1, 'batch_size', 8, 'output_dir', tmp_path/'out', cwd=tmp_path)
+    done = lift_nb('-d', odd, '-b', 'tiny_clip', 'skip_corrupt', True, 'epochs', 1, 'batch_size', 8, 'output_dir', tmp_path/'out', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log, result = (tmp_path/'out/log.txt').read_text(encoding='utf-8'), json.loads((tmp_path/'out/result.json').read_text(encoding='utf-8'))
     assert all(part in log for part in SAID), [part for part in SAID if part not in log]

@@ -6,13 +6,11 @@
 __all__ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT_HEADS', 'LOSSES', 'Catalog']
 
 # %% ../../nbs/core/05_catalog.ipynb #463e6423
-import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 
-from .errors import LiftError
 
 # %% ../../nbs/core/05_catalog.ipynb #fdfbcaf3
 @dataclass(frozen=True)

@@ -57,15 +57,20 @@ def _write_json(path:Path, # file to write
     with _atomic_write(path) as part: part.write_text(_as_json(data, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 # %% ../../nbs/core/01_files.ipynb #f17e101a
+def _hash_tensors(h, # of hashlib
+    tensors:dict, # name → tensor
+):
+    "Let a checksum depend on the names, types, shapes and contents of tensors"
+    for name, t in sorted(tensors.items()):
+        h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
+        if t.numel(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
 def _checksum(tensors:dict, # name → tensor
     about:dict, # key → JSON text
 )->str: # hexadecimal digits
     "Checksum of tensors and their description"
     h = hashlib.sha256(repr(sorted(about.items())).encode())
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
-        if t.numel(): h.update(t.reshape(-1).view(torch.uint8).numpy())
+    _hash_tensors(h, tensors)
     return h.hexdigest()
 
 def _write_tensors(path:Path, # .safetensors

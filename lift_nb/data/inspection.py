@@ -8,16 +8,14 @@ __all__ = ['DataReport', 'inspect', 'plot_report']
 # %% ../../nbs/data/07_inspection.ipynb #5504b804
 import os, re, warnings
 from dataclasses import dataclass
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import get_args
 from unicodedata import name as character
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..core.errors import LiftError, _lookup, _nearest
+from ..core.errors import LiftError
 from .images import _all_image_facts
 from .dataset import LongTailData, plot_counts, shot_groups
 from .lists import _notes_about

@@ -15,6 +15,7 @@ from inspect import signature
 import numpy as np
 import torch
 from torch import nn
+from fastcore.basics import noop
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, ToTensor
 from fastai.learner import Learner
@@ -26,6 +27,7 @@ from ..core.errors import LiftError, _lookup, _nearest
 from ..core.catalog import LOSSES
 from ..core.processes import is_distributed
 from ..data.dataset import LongTailData, class_counts, long_tail_subset
+from ..data.lists import _read_classes
 from ..data.benchmarks import load_data
 from ..data.loaders import SeededDL, dataloaders
 from ..data.crops import CenterCrop, FiveCrops, MinimalistCrop, train_crop
@@ -77,7 +79,6 @@ def _given_names(given, # list, dict, array or path
     classes, # C names of the data
 )->list: # C names
     "Return the class names for the prompts; raises `LiftError` unless there is one for each class"
-    from lift_nb.data.lists import _read_classes
     if isinstance(given, (str, os.PathLike)): given = _read_classes(given)
     if isinstance(given, dict):
         if unknown := [k for k in given if str(k) not in classes]:
@@ -329,8 +330,6 @@ def _preserved_history(learn:Learner):
     try: yield
     finally: vars(learn.recorder).update(kept)
 
-def _identity(x): return x
-
 def _tte_dl(learn:Learner,
     expand:int|None=None, # margin in pixels; None: 24
     dl=None, # None: the test set's
@@ -345,4 +344,4 @@ def _logits(learn:Learner,
 )->tuple: # (N, C) raw logits, (N,) labels
     "Return raw logits and labels, on the CPU"
     with _preserved_history(learn):
-        return learn.get_preds(dl=_tte_dl(learn, expand, dl) if tte else dl or learn.dls.valid, act=_identity)
+        return learn.get_preds(dl=_tte_dl(learn, expand, dl) if tte else dl or learn.dls.valid, act=noop)

@@ -259,7 +259,7 @@ def _option_names()->list:
 
 def _readers()->dict: # setting → (text → value)
     "Return how the words of a command line are read, for every setting"
-    from lift_nb.original.options import _parse_value, _reader_of
+    from lift_nb.original.options import _reader_of
     literals = ('modules', 'text_modules', 'layers', 'text_layers', 'template', 'class_names', 'mda') # may be a list or a dict
     def kinds(n): return (str,) if object in _kinds(n) and n not in literals else _kinds(n)
     names = {n: _reader_of(kinds(n), n in ('modules', 'text_modules', 'init')) for n in _FIELDS}

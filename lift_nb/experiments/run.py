@@ -13,20 +13,19 @@ from pathlib import Path
 
 import pandas as pd
 import matplotlib.pyplot as plt
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from fastcore.basics import noop
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 
 from ..core.errors import LiftError
-from ..core.processes import (init_distributed, is_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
+from ..core.processes import (init_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
 from ..core.files import _as_json, _read_tensors, _write_json
 from ..core.locks import _LOCK, _locked
-from ..core.fingerprint import _Images, _differing_parts, _fingerprint, _model_parts
+from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
+from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
-from ..models.text_heads import TextHead
-from ..models.model import LiftModel
+from ..models.model import set_precision
 from ..training.callbacks import EpochCosine, SkipValidation, _WatchLoading
 from ..training.checkpoints import _fit_resumably, _list_checkpoints
 from ..training.distributed import _distributed_fit
@@ -35,7 +34,7 @@ from ..evaluation.metrics import Scores, plot_per_class, score_preds
 from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
 from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
 from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
-from .recipe import Recipe, RunSettings, _FIELDS, _check_value, _known, _data_word, _result_settings, _value_word, resolve, run_name
+from .recipe import Recipe, RunSettings, _check_value, _known, _data_word, _result_settings, _value_word, resolve, run_name
 from .build import _build, _inputs, _logits, _train_on_cached_features, _uses_cached_features
 
 # %% ../../nbs/experiments/02_run.ipynb #cd875e2b
@@ -46,8 +45,8 @@ def _identity(r:Recipe, # resolved
     backbone, # frozen
 )->dict: # part → checksum
     "Return what a run is recognized by beside its settings: images, labels, class names, and the frozen network"
-    return _fingerprint(train=[_Images(data.train_images), data.train_labels], test=[_Images(data.test_images), data.test_labels],
-        class_names=list(data.classes), **{f'backbone {k}': v for k, v in _model_parts(backbone.model).items()})
+    network = {f'backbone {k}': v for k, v in _model_parts(backbone.model).items()}
+    return _fingerprint(**_data_parts(data), **network)
 
 def _finished_result(folder:Path, # of a run
     r:Recipe, # resolved
@@ -159,13 +158,6 @@ def _load_previous(learn:Learner, # of the same recipe
     elif n_trainable(learn.model): raise LiftError(f"There are no trained tensors in '{folder}' ({' or '.join(_LOADERS)}); "
                                                "train first, or name the run's folder with model_dir")
 
-def _set_precision(model:LiftModel, # trained
-    precision, # a name of `PRECISIONS`; None: leave it
-):
-    "Change the precision of a model's networks"
-    for m in (model, model.head) if precision else ():
-        if isinstance(m, (LiftModel, TextHead)): m.precision, m.kept_for = precision, None
-
 def _result_record(learn, r, s, phases)->dict: # what goes into result.json
     "Recipe, circumstances and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
@@ -203,7 +195,7 @@ def _train(learn, r, log, folder, phases, cbs, **saving): # `minutes` and `steps
 
 def _test(learn, r, phases)->tuple: # scores, predictions
     "Look at the test images in the recipe's way"
-    _set_precision(learn.model, r.test_precision)
+    if r.test_precision: set_precision(learn.model, r.test_precision)
     with phases('test'), _distributed_fit(learn), _progress_bar(learn): found = top_predictions([_logits(learn, tte=r.tte, expand=r.tte_expand)])
     scores = score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few)
     return scores, prediction_table(learn.data.test_images, found, learn.data.classes)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core.errors import LiftError
-from ..core.files import _write_tensors
+from ..core.files import _hash_tensors, _write_tensors
 from .text import _is_template_file, _read_templates
 from .adapters import MaskedLinear
 from .surgery import _differences, _scaled_adaptformers, load_trainable
@@ -87,14 +87,6 @@ def _module_tree(model:nn.Module)->list: # of (name, class, settings)
     def kind(m): return type(m).__name__.removeprefix('_FirstToken')
     return [(n, kind(m), *(str(getattr(m, s, None)) for s in _DECIDING)) for n, m in model.named_modules()]
 
-def _add_tensors(h, # of hashlib
-    tensors:dict, # name → tensor
-):
-    "Let a checksum depend on the names, types and contents of tensors"
-    for name, t in sorted(tensors.items()):
-        h.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
-        if t.numel(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
 def _frozen_digest(model:LiftModel, # with its modules
     tuned, # names of the trained tensors
     layout:int=_LAYOUT, # of the file
@@ -102,7 +94,7 @@ def _frozen_digest(model:LiftModel, # with its modules
     "Checksum of the network and of the weights and statistics that are not in the file"
     h, own = hashlib.blake2b(digest_size=16), {*tuned, *_saved_buffers(model)}
     if layout > 1: h.update(repr(_module_tree(model)).encode())
-    _add_tensors(h, {n: t for n, t in model.state_dict().items() if n not in own})
+    _hash_tensors(h, {n: t for n, t in model.state_dict().items() if n not in own})
     return h.hexdigest()
 
 # %% ../../nbs/models/10_saved.ipynb #376eff3f
