@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['Estimate', 'estimate']
 
-# %% ../../nbs/training/04_memory.ipynb #04155e58
+# %% ../../nbs/training/04_memory.ipynb #6703f86f
 import os, sys, time, weakref
 from dataclasses import dataclass
-try: import resource
-except ImportError: resource = None # Windows
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from fastprogress.fastprogress import format_time
-
 from ..core.errors import LiftError
 from ..core.processes import is_distributed, _world_size
 from ..models.model import _fake_step, _preserved_state
+
+# %% ../../nbs/training/04_memory.ipynb #04155e58
+try: import resource
+except ImportError: resource = None # Windows
 
 # %% ../../nbs/training/04_memory.ipynb #df635da3
 class _LiveBytes(TorchDispatchMode):
