@@ -344,7 +344,7 @@ def _group()->click.Group:
 
 def _arguments(argv, group)->list:
     "Return the words for click; without a command they are those of the original program"
-    if argv[0] in _BARE: return ['--help' if argv[0] == '-h' else argv[0]]
+    if argv[0] in ('--help', '-h', '--version'): return ['--help' if argv[0] == '-h' else argv[0]]
     legacy = argv[0] not in group.commands
     if legacy and '--help' in argv or '-h' in argv and legacy: return ['--help']
     name, words = ('train', argv) if legacy else (argv[0], argv[1:])
