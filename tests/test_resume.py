@@ -94,8 +94,7 @@ def test_another_training(tmp_path):
 
 def started(seed=0, change=lambda data: data, **options):
     "A learner of `lift_plus_learner` on a few digits"
-    set_seed(seed)
-    options = dict(dict(batch_size=16, expand=0, epochs=2), **options)
+    options = dict(dict(batch_size=16, expand=0, epochs=2, seed=seed), **options)
     return lift_plus_learner(change(digits_lt(n_max=40, n_test=1)), options.pop('backbone', 'tiny_clip'), **options)
 
 def test_fit_lift_refuses_another_training(tmp_path, capsys):
