@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from fastcore.basics import noop
 from fastai.data.core import DataLoaders
+from fastai.callback.training import GradientClip
 from fastai.data.transforms import Normalize, ToTensor
 from fastai.learner import Learner
 from fastai.optimizer import SGD
@@ -38,7 +39,7 @@ from ..models.features import FeatureCache, _CachedFeatures
 from ..models.model import LiftModel, assemble, compile_backbone
 from ..training.losses import CrossEntropy, LogitAdjustment
 from ..training.callbacks import (AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, FrozenEval, ScaleLoss,
-    StopOnNonFinite, _SmoothLoss)
+    StopOnNonFinite, WatchLoss, _SmoothLoss)
 from ..training.checkpoints import _random_state, _set_random_state
 from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
@@ -200,8 +201,8 @@ def _callbacks(r:Recipe, # crop schedule, precision
     guard = ScaleLoss if r.precision == 'fp16' else StopOnNonFinite
     crops = [t for t in getattr(dls.train.after_item, 'fs', []) if isinstance(t, MinimalistCrop)]
     schedule = [CropSchedule(crops[0], r.mda)] if crops and r.mda else []
-    return [FrozenEval(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(r.nonfinite), *schedule,
-        *([AccumulateGradients(accum_step)] if accum_step > 1 else [])]
+    asked = [*([AccumulateGradients(accum_step)] if accum_step > 1 else []), *([GradientClip(r.clip_grad)] if r.clip_grad else [])]
+    return [FrozenEval(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(r.nonfinite), WatchLoss(), *schedule, *asked]
 
 def _learner(dls:DataLoaders, # training and test set
     model:LiftModel, # backbone, adapters and head

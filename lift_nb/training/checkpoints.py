@@ -24,7 +24,7 @@ from ..core.files import _as_json, _read_tensors, _write_tensors
 from ..core.fingerprint import _differing_parts, _digest, _fingerprint, _model_parts, _settings
 from ..core.processes import run_on_main, _unwrap, is_main, _world_size
 from ..models.surgery import _differences
-from .callbacks import AdjustLogits, StopOnNonFinite
+from .callbacks import AdjustLogits, StopOnNonFinite, WatchLoss
 
 # %% ../../nbs/training/03_checkpoints.ipynb #2dc2edc5
 def _pack_state(x, # plain values, tensors, dictionaries, lists and tuples, nested
@@ -308,7 +308,7 @@ def _fit_resumably(learn:Learner,
     identity = _training_identity(learn, epochs, lr, about or {})
     state = run_on_main(_newest_checkpoint, folder, identity, say)
     for cb in learn.cbs: # skipped steps belong into the same log
-        if isinstance(cb, StopOnNonFinite): cb.say = say
+        if isinstance(cb, (StopOnNonFinite, WatchLoss)): cb.say = say
     saver = _CheckpointCallback(folder, identity, state, minutes, steps, say)
     with _starting_at_batch(learn, saver.first[0]), saver.listening(): learn.fit(epochs, lr, cbs=[*cbs, saver])
     return saver.earlier
