@@ -7,11 +7,13 @@ __all__ = ['LinearHead', 'CosineHead', 'L2NormHead', 'LayerNormHead', 'create_he
 
 # %% ../../nbs/models/06_heads.ipynb #470c3542
 import warnings
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn, Tensor
@@ -97,26 +99,38 @@ def _class_mean_rows(backbone:Backbone, # any
 def _logistic_regression(f, # (N, d) features
     y, # (N,) labels 0 … C-1, each at least once
 )->np.ndarray: # (C, d); (1, d) for two classes
-    "Weights of scikit-learn's L2-regularised logistic regression, classes balanced, at most 100 iterations"
+    "Return the weights of scikit-learn's L2-regularised logistic regression, classes balanced, at most 100 iterations"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)
         return LogisticRegression(class_weight='balanced', max_iter=100).fit(f, y).coef_
 
-def _linear_probing_rows(backbone:Backbone, # any
-    classes, # C class names, at least two
-    train_batches, # iterable of (images, labels) of the training set
-    template=TEMPLATE, # not used
-)->Tensor: # (C, d) unit rows
-    "Normalised weights of a logistic regression on the features"
-    if len(classes) < 2: raise LiftError('Linear probing needs at least two classes')
-    found = list(_labelled_features(backbone.model, train_batches))
-    y = torch.cat([y for _, y in found]) if found else torch.zeros(0).long()
-    _check_seen(y.bincount(minlength=len(classes)), classes)
-    w = torch.from_numpy(_logistic_regression(torch.cat([f for f, _ in found]).numpy(), y.numpy()))
-    return normalize(torch.cat([-w, w]) if len(w) == 1 else w, dim=-1).float()
+def _discriminant_analysis(f, y)->np.ndarray: # as above
+    "Return the weights of a linear discriminant analysis with shrunken covariance, orthogonal to the mean of the class means"
+    n_classes = y.max() + 1
+    means = np.stack([f[y == c].mean(0) for c in range(n_classes)])
+    mean, rows = means.mean(0), means # nothing is known of the covariance when each class has one image
+    if len(y) > n_classes:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Only one sample available')
+            rows = LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto').fit(f, y).coef_
+    if len(rows) > 1: rows = rows - rows.mean(0)
+    return rows - np.outer(rows @ mean, mean)/max(mean @ mean, 1e-12)
 
-def _fresh_rows(backbone, classes, train_batches=None, template=TEMPLATE): "Keep the fresh rows"; return None
+def _rows_of(classify, # (N, d) features, (N,) labels → (C, d) weights
+)->Callable: # as `_class_mean_rows`
+    "Return the start that takes its rows from a linear classifier of the features"
+    def rows(backbone, classes, train_batches, template=TEMPLATE):
+        if len(classes) < 2: raise LiftError('A linear classifier of the features needs at least two classes')
+        found = list(_labelled_features(backbone.model, train_batches))
+        y = torch.cat([y for _, y in found]) if found else torch.zeros(0).long()
+        _check_seen(y.bincount(minlength=len(classes)), classes)
+        w = torch.from_numpy(classify(torch.cat([f for f, _ in found]).numpy(), y.numpy()))
+        return normalize(torch.cat([-w, w]) if len(w) == 1 else w, dim=-1).float()
+    return rows
 
+_linear_probing_rows, _lda_rows = _rows_of(_logistic_regression), _rows_of(_discriminant_analysis)
+
+def _fresh_rows(backbone, classes, train_batches=None, template=TEMPLATE): "Keep the random rows"; return None
 
 
 # %% ../../nbs/models/06_heads.ipynb #8fea32b9
