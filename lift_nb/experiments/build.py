@@ -301,6 +301,7 @@ def _cached_feature_dls(learn:Learner)->DataLoaders:
         with autocast(dl.device, learn.model.precision):
             f, y = cache.get(learn.model.backbone, dl, images, labels, precision=learn.model.precision)
         out.append(SeededDL(_FeatureRows(f, y), bs=dl.bs, shuffle=dl is plain, drop_last=False, num_workers=0, device=dl.device))
+    out[0].seed = train.seed
     out[0].rng.setstate(train.rng.getstate())
     return DataLoaders(*out, device=train.device)
 
