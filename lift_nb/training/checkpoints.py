@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 
@@ -224,6 +224,7 @@ class _CheckpointCallback(Callback):
         _load_training(self.learn, self.state)
         _loader(self.learn).rng.setstate(self.state['order'])
         self.restore()
+        self.learn.n_epoch -= epoch # `_StartLate` counts from the first of them
     def restore(self):
         self.learn.train_iter, self.learn.pct_train = self.state['progress']
         _set_random_state(self.state['random'])
@@ -280,19 +281,14 @@ def listening(self:_CheckpointCallback):
         for n, f in old.items(): signal.signal(n, f)
 
 # %% ../../nbs/training/03_checkpoints.ipynb #14aec3ad
-@contextmanager
-def _starting_at_batch(learn:Learner,
-    epoch:int, # first epoch
-):
-    "Let `learn.fit` begin at this epoch, and at the batch at which its DataLoader begins"
-    def epochs():
-        for learn.epoch in range(epoch, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
-    def batches():
-        learn.n_iter = len(learn.dl)
-        for o in enumerate(learn.dl, getattr(_loader(learn), 'start', 0) if learn.training else 0): learn.one_batch(*o)
-    learn._do_fit, learn.all_batches = epochs, batches
-    try: yield
-    finally: del learn._do_fit, learn.all_batches
+class _StartLate(Callback):
+    "Count epochs, and batches of a pass that was begun before, from where a training goes on"
+    order, run_valid = -1000, False
+    def __init__(self, epoch:int, # complete epochs
+        n_epoch:int, # of the whole training
+    ): self.first, self.whole = epoch, n_epoch
+    def before_epoch(self): self.learn.epoch, self.learn.n_epoch = self.epoch + self.first, self.whole
+    def before_batch(self): self.learn.iter += getattr(_loader(self.learn), 'start', 0)
 
 def _fit_resumably(learn:Learner,
     epochs:int, # of the whole training
@@ -310,5 +306,5 @@ def _fit_resumably(learn:Learner,
     for cb in learn.cbs: # skipped steps belong into the same log
         if isinstance(cb, StopOnNonFinite): cb.say = say
     saver = _CheckpointCallback(folder, identity, state, minutes, steps, say)
-    with _starting_at_batch(learn, saver.first[0]), saver.listening(): learn.fit(epochs, lr, cbs=[*cbs, saver])
+    with saver.listening(): learn.fit(epochs, lr, cbs=[*cbs, saver, _StartLate(saver.first[0], epochs)])
     return saver.earlier
