@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from fastprogress.fastprogress import format_time
 from ..core.errors import LiftError
+from ..core.internals import _internal
 from ..core.processes import is_distributed, _world_size
 from ..models.model import _fake_step, _preserved_state
 
@@ -23,16 +22,18 @@ try: import resource
 except ImportError: resource = None # Windows
 
 # %% ../../nbs/training/04_memory.ipynb #df635da3
-class _LiveBytes(TorchDispatchMode):
+_tree_leaves = _internal('torch.utils._pytree:tree_leaves')
+
+class _LiveBytes(_internal('torch.utils._python_dispatch:TorchDispatchMode')):
     "Count the bytes of tensors that were made inside: `live` now, `_peak_memory` at most"
     def __init__(self):
         super().__init__()
         self.live, self.peak, self.known = 0, 0, set()
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        old = {t.untyped_storage().data_ptr() for t in _tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)
-        for t in tree_leaves(out):
+        for t in _tree_leaves(out):
             if isinstance(t, torch.Tensor): self.note(t.untyped_storage(), old)
         return out
     def note(self, s, old):
