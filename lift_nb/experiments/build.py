@@ -19,7 +19,6 @@ from fastcore.basics import noop
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, ToTensor
 from fastai.learner import Learner
-from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fasttransform import Pipeline
 
@@ -38,7 +37,7 @@ from ..models.features import FeatureCache, _CachedFeatures
 from ..models.model import LiftModel, assemble, compile_backbone
 from ..training.losses import CrossEntropy, LogitAdjustment
 from ..training.callbacks import (AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, FrozenEval, ScaleLoss,
-    StopOnNonFinite, _SmoothLoss)
+    StopOnNonFinite, _SmoothLoss, _sgd)
 from ..training.checkpoints import _random_state, _set_random_state
 from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
@@ -214,8 +213,7 @@ def _learner(dls:DataLoaders, # training and test set
 )->Learner:
     "Return a fastai `Learner` with the method's optimizer, loss, metrics and callbacks"
     loss_func, loss_cbs = _loss(r.loss, counts, tau=r.tau, scale=getattr(model.head, 'scale', 25.))
-    opt = partial(SGD, mom=r.momentum, decouple_wd=False) # weight decay as in torch.optim.SGD
-    learn = Learner(dls, model, loss_func, opt, lr=r.lr, splitter=_trainable_groups, wd=r.weight_decay, wd_bn_bias=True, train_bn=False,
+    learn = Learner(dls, model, loss_func, partial(_sgd, mom=r.momentum), lr=r.lr, splitter=_trainable_groups, wd=r.weight_decay, wd_bn_bias=True, train_bn=False,
         metrics=[*group_metrics(counts, r.many, r.few), *metrics], cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
     learn.recipe, learn.counts, learn.accum_step = r, counts, accum_step
     learn.recorder.smooth_loss = _SmoothLoss()

@@ -100,7 +100,7 @@ def _fits_on_gpu(model, resolution, step=_fake_step): # images → bool
     def fits(n):
         with _preserved_state(model):
             try:
-                aside = [torch.empty(int(.05*(_free_bytes(device) or 0)) + 3*_trainable_bytes(model), dtype=torch.uint8, device=device)]
+                aside = [torch.empty(int(.05*(_free_bytes(device) or 0)) + _trainable_bytes(model), dtype=torch.uint8, device=device)]
                 step(model, n, resolution)
                 return True
             except torch.OutOfMemoryError: return False
@@ -133,7 +133,7 @@ class Estimate:
     trained:int # parameters
     frozen:int # parameters
     weights:dict # bytes of parameters and buffers: 'float32' → bytes
-    optimizer:int # bytes: momentum, on a GPU also what makes a step revocable
+    optimizer:int # bytes of the momentum
     fixed:int # bytes of a step, whatever the images: gradients, text prototypes
     per_image:int # bytes of a step for each image
     micro_batch:int # images in a piece
@@ -171,7 +171,7 @@ def estimate(learn, # of `lift_plus_learner`
     n, cuda = micro_batch or -(-dl.bs//_world_size()), next(model.parameters()).device.type == 'cuda'
     tuned, timed = sum(p.numel() for p in model.parameters() if p.requires_grad), n if cuda else min(n, 8)
     fixed, each = _step_bytes(model, size)
-    return Estimate(tuned, sum(p.numel() for p in model.parameters()) - tuned, _bytes_by_type(model), _trainable_bytes(model)*(3 if cuda else 1),
+    return Estimate(tuned, sum(p.numel() for p in model.parameters()) - tuned, _bytes_by_type(model), _trainable_bytes(model),
         fixed, each, n, -(-dl.n//_world_size()), _seconds_for(model, timed, size)/timed)
 
 # %% ../../nbs/training/04_memory.ipynb #66c5c33b
