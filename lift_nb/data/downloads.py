@@ -6,18 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/data/03_downloads.ipynb #b4586845
-import errno, hashlib, os, socket, sys, time
-from contextlib import contextmanager
+import errno, hashlib, os, shutil, sys, time
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from filelock import FileLock
-from torch.hub import download_url_to_file
 
 from ..core.errors import LiftError
-from ..core.files import _atomic_write
 
 # %% ../../nbs/data/03_downloads.ipynb #6d2adccc
 @dataclass(frozen=True)
@@ -45,31 +43,39 @@ def _cache_dir()->Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or usual).expanduser()/'lift_nb'
 
 # %% ../../nbs/data/03_downloads.ipynb #390fc31f
-@contextmanager
-def _socket_timeout(seconds:float): # without a byte
-    "Let connections that are opened inside give up after so long a silence"
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try: yield
-    finally: socket.setdefaulttimeout(before)
-
 def _is_final(e:Exception)->bool:
     "Is it pointless to try again? A refusal of the server is, and whatever the disk says"
-    if isinstance(e, HTTPError): return 400 <= e.code < 500 and e.code not in (408, 429)
+    if isinstance(e, HTTPError): return 400 <= e.code < 500 and e.code not in (408, 416, 429)
     return getattr(e, 'errno', None) in _DISK_ERRORS
 
+def _fetch_rest(pin:_PinnedFile, # what is wanted
+    part:Path, # what came of it in earlier attempts
+    timeout:float, # seconds without a byte
+):
+    "Fetch what is missing; raise the error of network or disk, or `RuntimeError` when the content is incomplete or another"
+    have = part.stat().st_size if part.exists() else 0
+    if have >= pin.size: have = 0
+    asked = Request(pin.url, headers={'Range': f'bytes={have}-'} if have else {})
+    with urlopen(asked, timeout=timeout) as answer, part.open('ab' if answer.status == 206 else 'wb') as f: shutil.copyfileobj(answer, f)
+    if pin.fits(part): return
+    if not answer.length: part.unlink() # all came, of another file
+    raise RuntimeError('incomplete, or another file')
+
 def _download(pin:_PinnedFile, # what is wanted
-    path:Path, # where it is to lie
+    path:Path, # where it is to lie, held by this process
     timeout:float, # seconds without a byte
     tries:int, # attempts
     pause:float, # seconds before the second attempt, twice as many before the third
 ):
-    "Fetch a file; raises the last error of the network, the disk or (`RuntimeError`) the checksum"
+    "Fetch a file, in several attempts if need be; raise the error of the last"
+    part = path.with_name(f'{path.name}.{pin.sha256[:8]}.part')
     for i in range(tries):
         time.sleep(pause*i)
         try:
-            with _socket_timeout(timeout), _atomic_write(path) as part: return download_url_to_file(pin.url, str(part), pin.sha256, progress=False)
+            _fetch_rest(pin, part, timeout)
+            return os.replace(part, path)
         except (OSError, HTTPException, RuntimeError) as e:
+            if _is_final(e) or getattr(e, 'code', None) == 416: part.unlink(missing_ok=True) # 416: the server has less than that
             if _is_final(e) or i == tries-1: raise
 
 # %% ../../nbs/data/03_downloads.ipynb #9b3901f9
