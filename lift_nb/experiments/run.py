@@ -290,8 +290,7 @@ def compare(recipes:dict, # name → options of `run`
 )->dict: # name → what `run` returned
     "Run recipes one after another; their picture is `comparison.png` in `folder`"
     folder = Path(folder)
-    def place(o): return folder/run_name(**{k: v for k, v in o.items() if k != 'validate'})
-    results = {n: run(output_dir=place(o), echo=echo, **o) for n, o in recipes.items()}
+    results = {n: run(output_dir=folder/run_name(**o), echo=echo, **o) for n, o in recipes.items()}
     first = next(iter(results.values()))
     title = f"{first['recipe']['data']}, {first['recipe']['backbone']}"
     fig = plot_per_class({n: r['per_class'] for n, r in results.items()}, first['class_counts'], title=title).figure

@@ -154,7 +154,9 @@ def _training_identity(learn:Learner,
     dl, model, losses = _loader(learn), _unwrap(learn.model), _losses(learn)
     trained, network = _loop_state(model), _model_parts(model, _loop_state(model))
     of_losses = {k: v for l in losses for k, v in _settings(l).items() if isinstance(v, (bool, int, float, str))}
-    settings = {**of_losses, **about, **dict(epochs=epochs, lr=learn.lr if lr is None else lr, wd=learn.wd, images=dl.n, images_in_a_batch=dl.bs)}
+    of_fit = dict(epochs=epochs, lr=learn.lr if lr is None else lr, weight_decay=learn.wd, images=dl.n, images_in_a_batch=dl.bs)
+    about = {k: v for k, v in about.items() if k not in ('data', 'backbone') and (k != 'loss' or isinstance(v, str))} # the fingerprint tells more
+    settings = {**of_losses, **about, **of_fit}
     shapes = {f'shape of {n}': tuple(t.shape) for n, t in trained.items()}
     transforms = [list(getattr(pipe, 'fs', [])) for pipe in (dl.after_item, dl.after_batch)]
     return dict(settings=_plain_settings({**settings, **shapes}), fingerprint=_fingerprint(**_training_data(learn), architecture=network['architecture'],
