@@ -213,8 +213,9 @@ def _learner(dls:DataLoaders, # training and test set
 )->Learner:
     "Return a fastai `Learner` with the method's optimizer, loss, metrics and callbacks"
     loss_func, loss_cbs = _loss(r.loss, counts, tau=r.tau, scale=getattr(model.head, 'scale', 25.))
-    learn = Learner(dls, model, loss_func, partial(_sgd, mom=r.momentum), lr=r.lr, splitter=_trainable_groups, wd=r.weight_decay, wd_bn_bias=True, train_bn=False,
-        metrics=[*group_metrics(counts, r.many, r.few), *metrics], cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
+    optimizer = dict(opt_func=partial(_sgd, mom=r.momentum), lr=r.lr, wd=r.weight_decay, wd_bn_bias=True, splitter=_trainable_groups)
+    learn = Learner(dls, model, loss_func, **optimizer, train_bn=False, metrics=[*group_metrics(counts, r.many, r.few), *metrics],
+        cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
     learn.recipe, learn.counts, learn.accum_step = r, counts, accum_step
     learn.recorder.smooth_loss = _SmoothLoss()
     return learn

@@ -155,19 +155,23 @@ def _training_identity(learn:Learner,
     trained, network = _loop_state(model), _model_parts(model, _loop_state(model))
     of_losses = {k: v for l in losses for k, v in _settings(l).items() if isinstance(v, (bool, int, float, str))}
     of_fit = dict(epochs=epochs, lr=learn.lr if lr is None else lr, weight_decay=learn.wd, images=dl.n, images_in_a_batch=dl.bs)
-    about = {k: v for k, v in about.items() if k not in ('data', 'backbone') and (k != 'loss' or isinstance(v, str))} # the fingerprint tells more
+    about = {k: v for k, v in about.items() if k not in ('data', 'backbone')} # the fingerprint tells more
     settings = {**of_losses, **about, **of_fit}
     shapes = {f'shape of {n}': tuple(t.shape) for n, t in trained.items()}
     transforms = [list(getattr(pipe, 'fs', [])) for pipe in (dl.after_item, dl.after_batch)]
     return dict(settings=_plain_settings({**settings, **shapes}), fingerprint=_fingerprint(**_training_data(learn), architecture=network['architecture'],
         **{'frozen weights': network['weights']}, loss=losses, optimizer=learn.opt_func, transforms=transforms, seed=getattr(dl, 'seed', None)))
 
+_INPUTS = {'training images', 'training labels', 'class names', 'frozen weights'}
+
 def _difference(ours:dict, theirs:dict)->str: # of `_training_identity`; a phrase, '' for none
-    "What makes two trainings different"
+    "Return what makes two trainings different: other inputs, else the first of the settings, else all other parts"
     if not isinstance(theirs.get('fingerprint'), dict): return 'an earlier version wrote them, which did not note what they depend on'
+    parts = _differing_parts(ours['fingerprint'], theirs['fingerprint'])
     mine, other = ours['settings'], theirs.get('settings', {})
-    if odd := _differing_parts(mine, other): return f'{odd[0]} is {other.get(odd[0])!r:.60} there and {mine.get(odd[0])!r:.60} here'
-    return ' and '.join(f'{k} differ' if k.endswith('s') else f'{k} differs' for k in _differing_parts(ours['fingerprint'], theirs['fingerprint']))
+    if _INPUTS.isdisjoint(parts) and (odd := _differing_parts(mine, other)):
+        return f'{odd[0]} is {other.get(odd[0])!r:.60} there and {mine.get(odd[0])!r:.60} here'
+    return ' and '.join(f'{k} differ' if k.endswith('s') else f'{k} differs' for k in [k for k in parts if k in _INPUTS] or parts)
 
 # %% ../../nbs/training/03_checkpoints.ipynb #2859c0d3
 def _list_checkpoints(folder)->list: # of paths
