@@ -14,7 +14,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from ..core.errors import LiftError
+from ..core.errors import LiftError, _nearest
 from .images import _printable
 
 # %% ../../nbs/data/02_lists.ipynb #627a1a51
@@ -192,8 +192,13 @@ def _name_list(found, # (C) names of the folders, in order
 # %% ../../nbs/data/02_lists.ipynb #263568b7
 def _name_mapping(found, # (C) names of the folders, in order
     classes:dict, # folder → name, or number → [folder, name]
+    rename:bool=False, # is it about some classes only, all of which are there?
 )->dict: # found → name
-    "What a mapping says about what is found; raises `LiftError` when it lacks a class"
+    "Return what a mapping says about what is found; raise `LiftError` when it lacks a class, or names one that is not there"
+    if rename:
+        if lost := [k for k in map(str, classes) if k not in found]:
+            raise LiftError(f'There is no class {lost[0]!r:.80} to be named; choose from {_nearest(lost[0], found)}')
+        return {**dict(zip(found, found)), **{str(k): str(v) for k, v in classes.items()}}
     names = {_clean_name(k): _clean_name(v[-1] if isinstance(v, (list, tuple)) and v else v) for k, v in classes.items()}
     names |= {_clean_name(v[0]): _clean_name(v[-1]) for v in classes.values() if isinstance(v, (list, tuple)) and len(v) == 2}
     missing = [f for f in found if not names.get(f)]
@@ -202,14 +207,17 @@ def _name_mapping(found, # (C) names of the folders, in order
 
 def _name_classes(found, # names of the folders, or labels of a table
     classes=None, # None, a list, an array, a mapping, or a file with one of them
+    rename:bool=False, # is the order fixed? Then a list names by position, and a mapping may name some
 ): # found → name for the prompts, in label order; list of notes
-    "The classes' order and names; raises `LiftError` when `classes` does not fit"
-    found = _in_order(found)
+    "Return the classes' order and names; raise `LiftError` when `classes` does not fit"
+    found = list(found) if rename else _in_order(found)
     if classes is None: return dict(zip(found, found)), []
     if isinstance(classes, (str, Path)): classes = _read_classes(classes)
-    if isinstance(classes, dict): names, guessed = _name_mapping(found, classes), False
+    if isinstance(classes, dict): names, guessed = _name_mapping(found, classes, rename), False
     elif not isinstance(classes, (list, tuple)) and not hasattr(classes, 'tolist'):
         raise LiftError(f'Class names are a list, a mapping or a file, not {type(classes).__name__}')
-    else: names, guessed = _name_list(found, [_clean_name(c) for c in getattr(classes, 'tolist', lambda: classes)()])
+    else:
+        given = [_clean_name(c) for c in getattr(classes, 'tolist', lambda: classes)()]
+        names, guessed = (dict(zip(found, given)), True) if rename and len(given) == len(found) else _name_list(found, given)
     pairs = [f'{f} = {n}' for f, n in names.items() if f != n]
     return names, _notes_about('Class names by position' if guessed else 'Class names', pairs, 12 if guessed else 5)
