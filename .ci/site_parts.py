@@ -29,7 +29,7 @@ class ParameterTable(BasicMarkdownRenderer):
         try: params, table = signature(self.sym).parameters.values(), rows(self.sym)
         except (TypeError, ValueError, AttributeError, NameError): return full
         line = f"{self.nm} ({', '.join(short(p) for p in params if p.name != 'self')})"
-        code = '\n'.join(textwrap.wrap(line, 88, subsequent_indent='    ', break_long_words=False))
+        code = '\n'.join(textwrap.wrap(line, 80, subsequent_indent='    ', break_long_words=False))
         full = re.sub(r'```python\n.*?\n```', lambda _: f'```python\n{code}\n```', full, count=1, flags=re.S)
         head = '| Parameter | Type | Default | Meaning |\n|---|---|---|---|\n'
         return full + ('\n\n' + head + '\n'.join(table) if table else '')

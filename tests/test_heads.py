@@ -4,13 +4,14 @@ import json, warnings, weakref
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import normalize
 
 from lift_nb.models.backbones import Backbone, create_backbone
 from lift_nb.core.errors import LiftError
-from lift_nb.models.heads import INITS, _class_mean_rows, create_head, _labelled_features, _linear_probing_rows, _semantic_rows
+from lift_nb.models.heads import INITS, _class_mean_rows, create_head, _labelled_features, _lda_rows, _linear_probing_rows, _semantic_rows
 from lift_nb.models.text_heads import zero_shot_head
 from lift_nb.models.text import TEMPLATE, prompts, _prompt_sentences, text_features, text_tower, tokenize
 
@@ -206,6 +207,37 @@ def test_two_classes():
     assert rows.shape == (2, 6) and torch.equal(rows[0], -rows[1])
     assert ((x @ rows.T).argmax(1).numpy() == (x.numpy() @ fit.coef_[0] > 0)).all()
 
+def test_lda_is_scikit_learns_rule_on_centred_features():
+    "With equally many images a class, the rows order the classes as scikit-learn does, up to its intercepts and what all images have in common"
+    batches = images([20, 20, 20], 2, 16)
+    x, y = (t.double().numpy() if t.is_floating_point() else t.numpy() for t in joined(batches))
+    fit = LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto').fit(x, y)
+    rows = _lda_rows(flat, 'abc', batches).double().numpy()
+    centred = fit.coef_ - fit.coef_.mean(0)
+    mean = fit.means_.mean(0)
+    want = np.stack([w - (w @ mean)/(mean @ mean)*mean for w in centred])
+    assert np.allclose(rows, want/np.linalg.norm(want, axis=1, keepdims=True), atol=1e-4)
+    assert np.abs(rows @ mean).max() < 1e-4
+
+def test_lda_whitens():
+    "Where all classes share a direction of large variation that says nothing, class means fail and the discriminant does not"
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(3).repeat_interleave(30)
+    x = torch.cat([torch.eye(3)[y] + .1*torch.randn(90, 3, generator=g), 20*torch.randn(90, 1, generator=g), torch.ones(90, 2)], 1)
+    def hits(rows): return (normalize(x, dim=1) @ rows.T).argmax(1).eq(y).float().mean()
+    batches = [(x.view(90, 6, 1, 1), y)]
+    assert hits(_lda_rows(flat, 'abc', batches)) > .95 > .8 > hits(_class_mean_rows(flat, 'abc', batches))
+
+def test_lda_with_one_image_a_class():
+    "Rows of the class means, without what they have in common"
+    batches = images([1, 1, 1], 0, 3)
+    x, y = joined(batches)
+    rows, mean = _lda_rows(flat, 'abc', batches), x.mean(0)
+    want = x[y.argsort()] - mean
+    want = normalize(want - (want @ mean)[:, None]*mean/(mean @ mean), dim=1)
+    assert torch.allclose(rows, want, atol=1e-4)
+    assert _lda_rows(flat, 'ab', images([4, 1], 0, 3)).isfinite().all()
+
 def test_only_the_expected_warning_is_silent(monkeypatch):
     batches = [(x*torch.tensor([30., 1., 1.]).view(3, 1, 1), y) for x, y in images([90, 80, 70], 0, 8)]
     with pytest.warns(ConvergenceWarning): restated(*joined(batches))
@@ -216,7 +248,7 @@ def test_only_the_expected_warning_is_silent(monkeypatch):
     monkeypatch.setattr(LogisticRegression, 'fit', lambda *args: (warnings.warn('another', UserWarning), fit(*args))[1])
     with pytest.warns(UserWarning, match='another'): _linear_probing_rows(flat, 'abc', batches)
 
-@pytest.mark.parametrize('init', ['class_mean', 'linear_probing'])
+@pytest.mark.parametrize('init', ['class_mean', 'linear_probing', 'lda'])
 def test_classes_without_images(init):
     batches = images([3, 0, 2, 0], 0, 2)
     fails(lambda: create_head('cosine', flat, list('abcd'), init, batches), "No training image was seen of the classes ['b', 'd']")
@@ -262,7 +294,7 @@ def test_matrix(rows):
     ('rows.npy', ["Unknown initialisation 'rows.npy'"]), ('linear_probe', ["choose from ['linear_probing']"])])
 def test_bad_inits(init, parts): fails(lambda: create_head('cosine', tiny, digits, init), *parts)
 
-def test_the_table_of_starts(): assert list(INITS) == ['semantic', 'class_mean', 'linear_probing', 'none']
+def test_the_table_of_starts(): assert list(INITS) == ['semantic', 'class_mean', 'linear_probing', 'lda', 'none']
 
 class Buffered(nn.Module):
     "A head without parameters"

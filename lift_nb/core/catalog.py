@@ -150,6 +150,7 @@ INITS = Catalog('initialization',
     semantic=_Row('models.heads:_semantic_rows', "text features of the class names, projected to the image features (LIFT)"),
     class_mean=_Row('models.heads:_class_mean_rows', 'mean feature of at most 100 training images of each class'),
     linear_probing=_Row('models.heads:_linear_probing_rows', 'logistic regression on the same features'),
+    lda=_Row('models.heads:_lda_rows', 'linear discriminant analysis on the same features'),
     none=_Row('models.heads:_fresh_rows', 'random rows of unit length'))
 
 TEXT_HEADS = ('text', 'coop', 'clip_adapter', 'proj_tuning') # heads without classifier, joined by '+'

@@ -207,6 +207,7 @@ class Recipe(_Network):
     lr: float = _setting(0.02, 'Training', 'learning rate of the first epoch; cosine, stepped per epoch', _POSITIVE, needs=_TRAINS)
     weight_decay: float = _setting(5e-4, 'Training', 'weight decay, coupled, on every trained tensor', _NOT_NEGATIVE, needs=_TRAINS)
     momentum: float = _setting(0.9, 'Training', 'momentum of SGD', _NOT_NEGATIVE, needs=_TRAINS)
+    clip_grad: float|None = _setting(None, 'Training', 'largest norm of the gradient; none: not clipped', _POSITIVE, needs=_TRAINS)
     batch_size: int = _setting(128, 'Training', 'images in a step, over all processes', _POSITIVE, needs=_CROPPED)
     accum_step: int|str = _setting(1, 'Training', 'gradient-accumulation steps of a batch; auto: as few as fit into the memory', _STEPS,
         needs=_TRAINS)

@@ -252,23 +252,26 @@ class _WatchLoading(Callback):
 
 # %% ../../nbs/training/01_callbacks.ipynb #c93dee8c
 class WatchLoss(Callback):
-    "Say once when the loss, after some tens of steps, is not below its start, and what to try"
+    "Say once when the loss, after some tens of steps, is above its start, and what to try"
     order, run_valid = MixedPrecision.order+1, False
     def __init__(self, say=print, # where to say it
-        steps:int=60, # batches after which it is judged
+        steps:int=40, # batches after which it is judged
         mean_of:int=10, # batches whose mean loss is compared
     ): self.say, self.steps, self.mean_of = say, steps, mean_of
     def before_fit(self): self.losses = []
     def after_batch(self):
-        if len(self.losses) == self.steps: return
+        step = self.epoch*self.n_iter + self.iter
+        if step != len(self.losses) or step >= self.steps: return
         self.losses.append(self.loss.detach().as_subclass(Tensor).float().mean())
         if len(self.losses) == self.steps: self.judge()
     def judge(self):
-        first, last = (torch.stack(l).mean().item() for l in (self.losses[:self.mean_of], self.losses[-self.mean_of:]))
-        if last < first: return
+        first, last = (torch.stack(part) for part in (self.losses[:self.mean_of], self.losses[-self.mean_of:]))
+        error = ((first.var() + last.var())/self.mean_of).sqrt()
+        if not last.mean() > first.mean() + 2*error: return
         lr = max(h['lr'] for h in self.opt.hypers)
-        self.say(f'After {self.steps} steps the loss is {last:.3g}, at the start it was {first:.3g}: nothing is learned. '
-            f'A smaller learning rate (now {lr:.3g}; try {lr/4:.3g}) or clipping the gradient (clip_grad 1) may help')
+        self.say(f'After {self.steps} batches the loss is {last.mean():.3g}, at the start it was {first.mean():.3g}: nothing is learned. '
+            f'A smaller learning rate (lr {lr/4:.3g} instead of {lr:.3g}) or a clipped gradient (clip_grad 1) may help')
+
 
 # %% ../../nbs/training/01_callbacks.ipynb #829f2940
 class _SmoothLoss(AvgSmoothLoss):
