@@ -9,12 +9,12 @@ import numpy as np, pytest
 from PIL import Image
 
 import lift_nb.data.benchmarks as benchmarks
-import lift_nb.data.downloads as fetching
+import lift_nb.core.downloads as fetching
 from lift_nb.core.errors import LiftError
 from lift_nb.data.benchmarks import BENCHMARKS, _LEVELS, _PINNED, benchmark, cifar100_lt, load_data, _read_names, _tar
 from lift_nb.data.loaders import dataloaders
 from lift_nb.data.dataset import shot_groups
-from lift_nb.data.downloads import _PinnedFile, _cache_dir, _fetch
+from lift_nb.core.downloads import _PinnedFile, _cache_dir, _fetch
 from lift_nb.data.lists import _as_text, _find_images, _read_list
 
 shared = Path(os.environ.get('LIFT_NB_SHARED', Path(__file__).parents[2]/'shared'))

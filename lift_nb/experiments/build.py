@@ -23,11 +23,11 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fasttransform import Pipeline
 
-from ..core.errors import LiftError, _lookup, _nearest
+from ..core.errors import LiftError, _lookup
 from ..core.catalog import LOSSES
 from ..core.processes import is_distributed
 from ..data.dataset import LongTailData, class_counts, long_tail_subset
-from ..data.lists import _name_classes
+from ..data.splits import _name_classes
 from ..data.benchmarks import load_data
 from ..data.loaders import SeededDL, dataloaders
 from ..data.crops import CenterCrop, FiveCrops, MinimalistCrop, train_crop

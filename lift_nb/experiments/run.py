@@ -27,7 +27,8 @@ from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
 from ..training.callbacks import EpochCosine, SkipValidation, _WatchLoading
-from ..training.checkpoints import _fit_resumably, _list_checkpoints
+from ..training.checkpoints import _list_checkpoints
+from ..training.resume import _fit_resumably
 from ..training.distributed import _distributed_fit
 from ..training.memory import _peak_memory, estimate
 from ..evaluation.metrics import Scores, plot_per_class, score_preds

@@ -7,7 +7,6 @@ __all__ = ['TABLES', 'table_runs', 'run_all']
 
 # %% ../../nbs/experiments/04_sweeps.ipynb #3d6f82d3
 import hashlib, re
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
