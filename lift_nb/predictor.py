@@ -20,6 +20,7 @@ from .models.precision import PRECISIONS
 from .core.errors import LiftError, _lookup
 from .core.files import _read_tensors
 from .data.images import _read_rgb
+from .data.lists import _image_files
 from .data.crops import CenterCrop, FiveCrops
 from .models.backbones import _check_backbone, create_backbone, _is_weights_file
 from .models.text import _is_template_file
@@ -158,7 +159,6 @@ def _split_array(x)->list: # of (H, W) or (H, W, C) arrays
 def _list_images(images)->list: # of paths, PIL images, bytes, open files, or (H, W[, C]) arrays
     "One image, several, or those of a folder"
     if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
-        from lift_nb.data.folders import _image_files # here: it comes with scikit-learn and matplotlib
         found = sorted(map(str, _image_files(Path(images))[0]))
         if not found: raise LiftError(f"There is no image in '{images}'")
         return found

@@ -19,7 +19,8 @@ from ..core.errors import LiftError
 from .images import _all_image_facts
 from .dataset import LongTailData, plot_counts, shot_groups
 from .lists import _notes_about
-from .folders import _shorter, from_folder
+from .splits import _shorter
+from .folders import from_folder
 from .tables import _from_path, from_table
 from .benchmarks import DATASETS, load_data
 

@@ -7,7 +7,7 @@ __all__ = ['Recipe', 'RunSettings', 'resolve', 'run_name', 'settings_table']
 
 # %% ../../nbs/experiments/00_recipe.ipynb #eec546b9
 import math, os, re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import get_args

@@ -27,7 +27,8 @@ from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
 from ..training.callbacks import EpochCosine, SkipValidation, _WatchLoading
-from ..training.checkpoints import _fit_resumably, _list_checkpoints
+from ..training.checkpoints import _list_checkpoints
+from ..training.resume import _fit_resumably
 from ..training.distributed import _distributed_fit
 from ..training.memory import _peak_memory, estimate
 from ..evaluation.metrics import Scores, plot_per_class, score_preds
@@ -290,8 +291,7 @@ def compare(recipes:dict, # name → options of `run`
 )->dict: # name → what `run` returned
     "Run recipes one after another; their picture is `comparison.png` in `folder`"
     folder = Path(folder)
-    def place(o): return folder/run_name(**{k: v for k, v in o.items() if k != 'validate'})
-    results = {n: run(output_dir=place(o), echo=echo, **o) for n, o in recipes.items()}
+    results = {n: run(output_dir=folder/run_name(**o), echo=echo, **o) for n, o in recipes.items()}
     first = next(iter(results.values()))
     title = f"{first['recipe']['data']}, {first['recipe']['backbone']}"
     fig = plot_per_class({n: r['per_class'] for n, r in results.items()}, first['class_counts'], title=title).figure
