@@ -88,11 +88,11 @@ def _class_rows(t:pd.DataFrame)->dict: # of `class_table`
     "Return the table of classes, worst first"
     t = t.sort_values(['recall', 'train'], kind='stable', na_position='last')
     return _table([('class', 'name', t.name), ('group', 'group', t.group), ('train', 'int', t.train, 'training images'), ('test', 'int', t.test, 'test images'),
-        ('recall', 'interval', zip(t.recall, t.low, t.high), 'share of its images that are recognized, with its interval'),
-        ('precision', 'percent', t.precision, 'share of right ones among the images taken for it'), ('F1', 'percent', t.f1),
+        ('recall, %', 'interval', zip(t.recall, t.low, t.high), 'share of its images that are recognized, with its interval'),
+        ('precision, %', 'percent', t.precision, 'share of right ones among the images taken for it'), ('F1, %', 'percent', t.f1),
         ('taken for', 'counted', zip(t.taken_for, t.taken_for_images), 'what most of its missed images were taken for'),
         ('mistaken from', 'counted', zip(t.mistaken_from, t.mistaken_from_images), 'whose images were most often taken for it'),
-        ('true share', 'percent', t.share_true, 'of the test images'), ('predicted share', 'percent', t.share_predicted, 'of the predictions')], 'classes.csv')
+        ('predicted / true', 'ratio', t.share_predicted/t.share_true.where(t.test > 0), 'predictions of the class for each image of it; 1 is even')], 'classes.csv')
 
 # %% ../../nbs/evaluation/07_report.ipynb #a6745bb7
 def _flow_block(flow:pd.DataFrame)->dict: # of `group_flow`
@@ -107,7 +107,7 @@ def _confusion_section(table, pairs, flow)->dict:
     about = [f'{n:,} test images are wrong; {100*up/max(1, n):.0f} % of them went to a class with more training images.' if n else 'No test image is wrong.']
     matrix = _plot(plot_confusion(table, pairs), 700, 'Share of a true class (row) that is predicted as the class of the column; large classes first.', 'Matrix') if len(table) <= 50 else None
     strongest = _table([('true', 'name', top.true_name), ('predicted', 'text', top.predicted_name), ('images', 'int', top.images),
-        ('share', 'percent', top.share, 'of the true class'), ('from', 'group', top.true_group), ('to', 'group', top.predicted_group)],
+        ('share, %', 'percent', top.share, 'of the true class'), ('from', 'group', top.true_group), ('to', 'group', top.predicted_group)],
         'confusions.csv', 12, 'Strongest pairs') if n else None
     return _section('Confusions', about, _flow_block(flow), matrix, strongest)
 
@@ -116,8 +116,8 @@ def _reliability_section(confidence, hits, groups, missing:int=0)->dict: # (N,) 
     about = [f'The probability of {missing} of {missing + len(hits)} images is not a number; they are left out here.' if missing else '']
     if not len(hits): return _section('Reliability', [*about, 'There are no probabilities to judge.'])
     rows = [(name, m) for name, m in (('overall', np.ones(len(hits), bool)), *((g, groups == g) for g in ('many', 'medium', 'few'))) if m.any()]
-    numbers = _table([('', 'text', [n for n, _ in rows]), ('images', 'int', [m.sum() for _, m in rows]), ('confidence', 'percent', [confidence[m].mean() for _, m in rows]),
-        ('accuracy', 'percent', [hits[m].mean() for _, m in rows]), ('calibration error', 'percent', [expected_calibration_error(confidence[m], hits[m]) for _, m in rows])], 'groups.csv')
+    numbers = _table([('', 'text', [n for n, _ in rows]), ('images', 'int', [m.sum() for _, m in rows]), ('confidence, %', 'percent', [confidence[m].mean() for _, m in rows]),
+        ('accuracy, %', 'percent', [hits[m].mean() for _, m in rows]), ('calibration error, %', 'percent', [expected_calibration_error(confidence[m], hits[m]) for _, m in rows])], 'groups.csv')
     about.append('Where the probability of a prediction is 0.8, eight in ten should be right. Below the diagonal the model is too sure of itself.')
     return _section('Reliability', about, numbers, _plot(plot_group_reliability(confidence, hits, groups), 460))
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..data.dataset import _group_colors
 from .calibration import plot_reliability, reliability
@@ -55,12 +56,18 @@ def _svg(fig, # of matplotlib
     svg = re.sub(r'#[0-9a-f]{6}\b', lambda m: _CSS.get(m[0], m[0]), svg)
     return re.sub(r' id="(figure|axes|patch|matplotlib|PathCollection|line2d|text|LineCollection|legend|xtick|ytick)[^"]*"', '', svg)
 
-def _width(fig)->int: return round(fig.get_figwidth()*110) # CSS pixels
+def _size_axis(ax, t): # rows with `train`
+    "Turn the horizontal axis into class sizes, large ones left, with plain numbers"
+    if len(t) and t.train.min() > 0:
+        ax.set_xscale('log')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter('{x:,.0f}'); ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.invert_xaxis(); ax.set_xlabel('training images of the class'); ax.grid(axis='y', alpha=.15)
 
-# %% ../../nbs/evaluation/06_report_plots.ipynb #cec4ed15
-def _label_extremes(ax, t, n:int=3): # rows of `class_table` that were tested
-    "Write the names of the weakest classes and the strongest small one beside their points"
-    weakest = t.sort_values(['recall', 'train'], ascending=[True, False], kind='stable').index[:n]
+# %% ../../nbs/evaluation/06_report_plots.ipynb #9d65dff3
+def _label_extremes(ax, t): # rows of `class_table` that were tested
+    "Write the names of each group's weakest class and of the strongest small one beside their points"
+    weakest = t.sort_values(['recall', 'train'], ascending=[True, False], kind='stable').drop_duplicates('group').index
     strongest = t[t.train <= t.train.median()].sort_values('recall', ascending=False, kind='stable').index[:1]
     for i in {*weakest, *strongest}:
         ax.annotate(f'{t.name[i]:.22}', (t.train[i], 100*t.recall[i]), xytext=(5, -3), textcoords='offset points', fontsize=7.5, parse_math=False)
@@ -80,8 +87,7 @@ def plot_sizes(table:pd.DataFrame, # of `class_table`
             mean, ends = 100*rows.recall.mean(), (rows.train.min(), rows.train.max())
             ax.plot(ends, (mean, mean), color=color, lw=1.6, label=f'{g}: {len(rows)} classes, mean {mean:.1f} %')
         if len(t): _label_extremes(ax, t)
-        if len(t) and t.train.min() > 0: ax.set_xscale('log')
-        ax.invert_xaxis(); ax.set(xlabel='training images of the class', ylabel='recall, %', ylim=(-4, 104)); ax.grid(axis='y', alpha=.15)
+        _size_axis(ax, t); ax.set(ylabel='recall, %', ylim=(-4, 104))
         if len(t): ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.2)
     return _svg(fig, 'sizes', titles)
 
@@ -144,7 +150,6 @@ def plot_differences(table:pd.DataFrame, # name, train, group, difference (share
             rows = t[t.group == g]
             titles[f'change-{g}'] = [f'{r.name}: {100*r.difference:+.1f} points' for r in rows.itertuples()]
             if len(rows): ax.scatter(rows.train, 100*rows.difference, s=20, color=color, alpha=.7, lw=0, label=g, gid=f'change-{g}')
-        if len(t) and t.train.min() > 0: ax.set_xscale('log')
-        ax.invert_xaxis(); ax.set(xlabel='training images of the class', ylabel='recall, points'); ax.grid(axis='y', alpha=.15)
+        _size_axis(ax, t); ax.set_ylabel('recall, points')
         if len(t): ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
     return _svg(fig, title, {k: v for k, v in titles.items() if v})
