@@ -27,8 +27,8 @@ def _aligned(runs:dict, # name → predictions
     (first, base), preds = next(iter(checked.items())), {}
     for name, t in checked.items():
         a, b = _same_images(base, t, (f"'{first}'", f"'{name}'"))
-        preds[name] = b.prediction.to_numpy()
-    return (a.label.to_numpy(), preds, *_checked_labels(a.label, a.prediction, counts, class_names)[2:])
+        preds[name] = np.array(b.prediction)
+    return (np.array(a.label), preds, *_checked_labels(a.label, a.prediction, counts, class_names)[2:])
 
 def _class_comparison(y, preds, counts, names, **borders)->pd.DataFrame: # labels, name → predictions
     "Return the recall of each class in each run, and images that only the reference or only the other run recognizes"
@@ -68,7 +68,7 @@ def _classes_block(table, first, others)->dict: # of `_class_comparison`
 def _verdict(tests, first)->list: # of `_tests`, name of the reference
     "Return a sentence about the mean over classes of each run"
     def of(r):
-        word = f'surely {"better" if r.difference > 0 else "worse"} than' if r.p < .05 else 'not told apart from'
+        word = f'{"better" if r.difference > 0 else "worse"} than' if r.p < .05 else 'not told apart from'
         return f'“{r.run}” is {word} “{first}” in the mean over classes: {r.difference:+.1f} points ({r.low:+.1f} … {r.high:+.1f}), p = {r.p:.2g}.'
     return [of(r) for r in tests[tests.score == 'mean_class'].itertuples()]
 

@@ -23,6 +23,7 @@ from ..core.processes import (init_distributed, is_main, run_on_main, _peer_fail
 from ..core.files import _as_json, _read_tensors, _write_json
 from ..core.locks import _LOCK, _locked
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
+from ..data.images import _read_rgb
 from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
@@ -33,6 +34,7 @@ from ..training.distributed import _distributed_fit
 from ..training.memory import _peak_memory, estimate
 from ..evaluation.metrics import Scores, plot_per_class, score_preds
 from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
+from ..evaluation.report import write_report
 from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
 from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
 from .recipe import Recipe, RunSettings, _check_value, _known, _data_word, _result_settings, _value_word, resolve, run_name
@@ -201,6 +203,30 @@ def _test(learn, r, phases)->tuple: # scores, predictions
     scores = score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few)
     return scores, prediction_table(learn.data.test_images, found, learn.data.classes)
 
+# %% ../../nbs/experiments/02_run.ipynb #b6d1c8e2
+def _history(learn)->pd.DataFrame: # a row for each epoch, counted from 1
+    "Return losses, accuracies and the head's learning rate of the last training; empty without one"
+    r = learn.recorder
+    rows = [[v if isinstance(v, (int, float)) else float('nan') for v in row] for row in getattr(r, 'values', [])]
+    if not rows: return pd.DataFrame()
+    table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='epoch'))
+    table.columns = [n for n in r.metric_names[1:] if n != 'time'][:table.shape[1]]
+    return table.assign(lr=[r.lrs[min(i, len(r.lrs)) - 1] for i in r.iters])
+
+def _write_learner_report(folder, learn, predictions, history=None)->Path: # of the report; tables of predictions and epochs
+    "Write the report of what a learner predicts for the test images"
+    r, data, names = learn.recipe, learn.data, list(map(str, learn.dls.vocab))
+    read = None if data is None else lambda i: _read_rgb(data.test_images[i], data.max_value)
+    about = (f'{_data_word(r.backbone)}; {len(names):,} classes, {learn.counts.sum():,} training and {len(predictions):,} test images; '
+        f'{n_trainable(learn.model):,} trained parameters.')
+    title = f'{_value_word(r.method)} on {_data_word(r.data)}'
+    return write_report(folder, predictions, learn.counts, names, title, about, history, read, r.many, r.few)
+
+def _try_report(folder, learn, predictions, history, say=print):
+    "Write the report of a run; whatever fails there is told and costs nothing else"
+    try: _write_learner_report(folder, learn, predictions, history)
+    except Exception as e: say(f"Could not write the report to '{folder}' ({type(e).__name__}: {e})")
+
 # %% ../../nbs/experiments/02_run.ipynb #b27239da
 def _title(r)->str: return f'{_data_word(r.data)}, {_data_word(r.backbone)}'
 
@@ -216,7 +242,7 @@ def _write_scalars(folder, r, s, name):
         for k, v in asdict(s).items():
             if isinstance(v, float): w.add_scalar(f'{name}/{k}', v, r.epochs)
 
-def _finish(folder, learn, result, s, predictions, name='result', say=print):
+def _finish(folder, learn, result, s, predictions, name='result', say=print, history=None):
     "Write the trained tensors (after training), predictions, picture, scores, and at last the result"
     r, trained = learn.recipe, name == 'result'
     if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings())
@@ -224,9 +250,11 @@ def _finish(folder, learn, result, s, predictions, name='result', say=print):
     try:
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
         _write_scalars(folder, r, s, name)
+        if trained and history is not None and len(history): history.to_csv(folder/'history.csv')
     except OSError as e: say(f"Could not write the picture to '{folder}' ({e.strerror or e})")
     _write_json(folder/f'{name}.json', dict(result, predictions=seal))
     if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
+    _try_report(folder/f'{"" if trained else name + "_"}report', learn, predictions, history, say)
     return result
 
 # %% ../../nbs/experiments/02_run.ipynb #c692a24a
@@ -261,10 +289,11 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
         elif r.epochs and n_trainable(learn.model):
             _log_estimate(learn, log)
             _train(learn, r, log, folder, phases, _log_callbacks(log, folder, s.print_freq, s.validate), minutes=s.save_minutes, steps=s.save_steps)
+        history = _history(learn) # before testing, which starts the recorder anew
         found, predictions = _test(learn, r, phases)
         log(f'{_summary(found)}\npeak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB')
         result = dict(_result_record(learn, r, found, phases), fingerprint=identity)
-        return run_on_main(_finish, folder, learn, result, found, predictions, 'test_only' if s.test_only else 'result', log)
+        return run_on_main(_finish, folder, learn, result, found, predictions, 'test_only' if s.test_only else 'result', log, history)
 
 def _log_start(learn, log):
     "Tell what is trained on what"
