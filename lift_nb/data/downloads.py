@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch.hub import download_url_to_file
 
 from ..core.errors import LiftError
+from ..core.screen import _wants_progress
 from ..core.files import _atomic_write
 
 # %% ../../nbs/data/03_downloads.ipynb #6d2adccc
@@ -68,7 +69,7 @@ def _download(pin:_PinnedFile, # what is wanted
     for i in range(tries):
         time.sleep(pause*i)
         try:
-            with _socket_timeout(timeout), _atomic_write(path) as part: return download_url_to_file(pin.url, str(part), pin.sha256, progress=False)
+            with _socket_timeout(timeout), _atomic_write(path) as part: return download_url_to_file(pin.url, str(part), pin.sha256, _wants_progress() and sys.stderr.isatty())
         except (OSError, HTTPException, RuntimeError) as e:
             if _is_final(e) or i == tries-1: raise
 

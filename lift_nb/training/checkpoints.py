@@ -260,8 +260,7 @@ def save(self:_CheckpointCallback, epoch, batch, rand):
 def leave(self:_CheckpointCallback, epoch, batch, rand):
     "Save, say how to go on, and end the training as the signal would have"
     self.save(epoch, batch, rand)
-    self.say(f"Stopped in epoch {min(epoch+1, self.n_epoch)} of {self.n_epoch}, after batch {batch}; saved in '{self.folder}'. "
-             'To go on: the same command with resume True, or fit_lift(resume=True)')
+    self.say(f"Stopped in epoch {min(epoch+1, self.n_epoch)} of {self.n_epoch}, after batch {batch}; saved in '{self.folder}', from where resume goes on")
     raise KeyboardInterrupt if self.stop == signal.SIGINT else SystemExit(128 + self.stop)
 
 @patch
