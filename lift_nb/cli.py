@@ -153,7 +153,8 @@ def _main_job():
     results = compare(_MAIN_JOB)
     if not is_main(): return
     counts = results['LIFT+']['class_counts']
-    _say(f"\n{score_table(results).round(1).to_string(na_rep='–')}\n\nAccuracy in percent; {max(counts)} … {min(counts)} training images a class, 50 for testing",
+    _say(f"\n{score_table(results).round(1).to_string(na_rep='–')}\n",
+        f'Accuracy in percent; {max(counts)} … {min(counts)} training images a class, 50 for testing',
         f"Picture: {Path('output/comparison.png').resolve()}", f"Results: {Path('output').resolve()}")
 
 # %% ../nbs/02_cli.ipynb #b194dbad

@@ -69,7 +69,8 @@ def _download(pin:_PinnedFile, # what is wanted
     for i in range(tries):
         time.sleep(pause*i)
         try:
-            with _socket_timeout(timeout), _atomic_write(path) as part: return download_url_to_file(pin.url, str(part), pin.sha256, _wants_progress() and sys.stderr.isatty())
+            with _socket_timeout(timeout), _atomic_write(path) as part:
+                return download_url_to_file(pin.url, str(part), pin.sha256, _wants_progress() and sys.stderr.isatty())
         except (OSError, HTTPException, RuntimeError) as e:
             if _is_final(e) or i == tries-1: raise
 

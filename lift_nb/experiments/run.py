@@ -125,7 +125,8 @@ class _EpochLog(Callback):
         self.writer.flush()
     def after_fit(self): self.writer.close()
     def show(self, screen, row, seconds):
-        if not self.rows: screen.columns([f'{"epoch":{2*len(str(self.n_epoch)) + 1}}', *(_TITLES.get(n, n) for n in row), 'time'])
+        epoch = f'{"epoch":{2*len(str(self.n_epoch)) + 1}}' # as wide as 10/10
+        if not self.rows: screen.columns([epoch, *(_TITLES.get(n, n) for n in row), 'time'])
         self.rows += 1
         screen.row([f'{self.epoch+1}/{self.n_epoch}', *(_cell(n, v) for n, v in row.items()), seconds])
 
@@ -220,7 +221,9 @@ def _with_bar(learn:Learner,
     "Meanwhile the screen has a bar, and fastai none"
     with ExitStack() as stack:
         stack.enter_context(learn.no_bar())
-        if isinstance(echo, _Screen): stack.enter_context(learn.added_cbs(_BarCallback(stack.enter_context(echo.bar(what)), validate)))
+        if isinstance(echo, _Screen):
+            bar = stack.enter_context(echo.bar(what))
+            stack.enter_context(learn.added_cbs(_BarCallback(bar, validate)))
         yield
 
 def _log_estimate(learn, log):
@@ -288,15 +291,18 @@ _COLUMNS = ('overall', 'mean_class', 'many', 'medium', 'few')
 def _device_words(device, precision:str)->str:
     "Return where a training computes"
     device, threads = torch.device(device), torch.get_num_threads()
-    where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f"{device.type.upper()}, {threads} thread{'s'*(threads > 1)}"
+    where = f"{device.type.upper()}, {threads} thread{'s'*(threads > 1)}"
+    if device.type == 'cuda': where = torch.cuda.get_device_name(device)
     return f"{where}, {precision}{f', {_world_size()} processes' if _world_size() > 1 else ''}"
 
 def _show_start(screen, learn):
     "Show what is trained on what, and where"
     r, n, total = learn.recipe, n_trainable(learn.model), sum(p.numel() for p in learn.model.parameters())
     data, *notes = learn.data.summary(r.many, r.few).splitlines()
-    screen.facts(screen.title or f'{_data_word(r.data)}: {_method_words(r)}', [('data', data), *(('', n) for n in notes),
-        ('backbone', f'{_data_word(r.backbone)}, images of {learn.backbone.resolution} × {learn.backbone.resolution} pixels'),
+    pixels = f'{learn.backbone.resolution} × {learn.backbone.resolution} pixels'
+    screen.facts(screen.title or f'{_data_word(r.data)}: {_method_words(r)}', [
+        ('data', data), *(('', n) for n in notes),
+        ('backbone', f'{_data_word(r.backbone)}, images of {pixels}'),
         *([('method', _method_words(r))] if screen.title else []),
         ('trained', f'{n:,} of {total:,} parameters ({100*n/max(1, total):.2g} %)' if n else 'nothing'),
         ('device', _device_words(learn.dls.device, r.precision))])
@@ -311,7 +317,8 @@ def _show_scores(screen, learn, s:Scores, found): # of `_test`
     "Show scores, their confidence intervals, and the classes with the lowest accuracy"
     r, hits = learn.recipe, (found.classes[:, 0] == found.labels).numpy()
     sure = intervals(hits, found.labels.numpy(), learn.counts, many=r.many, few=r.few).to_dict('index')
-    _show_row(screen, asdict(s), [f"{sure[c]['low']:.1f}–{sure[c]['high']:.1f}" if c in sure else '–' for c in _COLUMNS])
+    between = [f"{sure[c]['low']:.1f}–{sure[c]['high']:.1f}" if c in sure else '–' for c in _COLUMNS]
+    _show_row(screen, asdict(s), between)
     acc = np.array([np.nan if a is None else a for a in s.per_class])
     worst = [i for i in np.argsort(acc, kind='stable')[:5] if acc[i] < 100]
     words = ', '.join(f'{learn.data.vocab[i]:.30} {acc[i]:.0f} % ({learn.counts[i]})' for i in worst)
@@ -347,7 +354,8 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
         with phases('build'):
             inputs = _inputs(r, say=echo)
             identity = _identity(r, *inputs)
-            if s.resume and (result := run_on_main(_finished_result, folder, r, identity, echo)): return _show_finished(echo, r, result)
+            if s.resume and (result := run_on_main(_finished_result, folder, r, identity, echo)):
+                return _show_finished(echo, r, result)
             learn = _build(r, inputs, say=echo)
         if not s.test_only: run_on_main(_archive_previous, folder, echo, s.resume)
         log = _Log(folder/'log.txt', echo) if is_main() else noop
@@ -357,8 +365,10 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
             _log_estimate(learn, log)
             _train(learn, r, log, folder, phases, s, echo)
         scores, found = _test(learn, r, phases, echo)
-        log(f'{_summary(scores)}\npeak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB', lambda screen: _show_scores(screen, learn, scores, found))
-        result, predictions = _result_record(learn, r, scores, phases), prediction_table(learn.data.test_images, found, learn.data.classes)
+        memory = f'peak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB'
+        log(f'{_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
+        predictions = prediction_table(learn.data.test_images, found, learn.data.classes)
+        result = _result_record(learn, r, scores, phases)
         name = 'test_only' if s.test_only else 'result'
         return run_on_main(_finish, folder, learn, dict(result, fingerprint=identity), scores, predictions, name, log)
 
