@@ -122,9 +122,9 @@ class _Screen:
         if self.brief: return
         for label, text in rows:
             for i, part in enumerate(Text(_printable(text)).wrap(self.console, max(20, self.console.width - 12))):
-                part.rstrip()
-                left = f'  {label if i == 0 else "":8}  '
-                self.console.print(Text.assemble((left, 'dim'), part), overflow='ignore', crop=False)
+                line = Text.assemble((f'  {label if i == 0 else "":8}  ', 'dim'), part)
+                line.rstrip()
+                self.console.print(line, overflow='ignore', crop=False)
     def columns(self, titles, # of the columns
         width:int=5, # at least, of each
     ):
