@@ -95,10 +95,10 @@ def test_names_that_command_a_terminal(tmp_path):
     for c in ('\x1b[31mred', 'a\x1b]0;title\x07', '\u202eright', 'plain'):
         (folder/c).mkdir(parents=True)
         for i in range(5): Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder/c/f'\x1b[2J{i}.png')
-    for words in (['data', 'images'], [*'train images --backbone tiny_clip --method lp --epochs 1 --output_dir out'.split()], ['predict', 'out', 'images'],
-                  ['predict', 'out', 'images', 'nowhere\x1b[31m']):
+    for words in (['data', 'images'], [*'train images --backbone tiny_clip --method lp --epochs 1 --output_dir done'.split()], ['predict', 'done', 'images'],
+                  ['predict', 'done', 'images', 'nowhere\x1b[31m']):
         said, code = in_terminal([*LIFT_NB, *words], tmp_path)
         assert code == (2 if 'nowhere\x1b[31m' in words else 0), said
         assert not re.search('\x1b\\[31mred|\x1b\\]|\x07|\u202e|\x1b\\[2J|nowhere\x1b', said), words
         assert words[:1] != ['predict'] or code or '\\x1b[2J0.png' in said, said
-    assert '\x1b' not in (tmp_path/'out/log.txt').read_text()
+    assert '\x1b' not in (tmp_path/'done/log.txt').read_text()
