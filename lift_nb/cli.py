@@ -16,7 +16,7 @@ import click
 
 from . import __version__
 from .core.errors import LiftError, _lookup, _nearest
-from .core.screen import _accept_all_characters, _say
+from .core.screen import _accept_all_characters, _fit, _say, _width
 from .core.catalog import BACKBONES, DATASETS, METHODS
 from .original.options import _ORIGINAL, _flag, _parse_value, _whole, translate
 from .experiments.recipe import (Recipe, RunSettings, _FIELDS, _check_value, _ineffective, _known, _option_names,
@@ -224,7 +224,7 @@ def _compare(words):
     "Test two runs against each other on the same test images"
     if len(words) != 2: raise LiftError("'lift_nb compare' takes the folders of two runs")
     from lift_nb.evaluation.predictions import compare_runs
-    _say(compare_runs(*words).rename(columns=dict(zip(('first', 'second'), words))).round(3).to_string())
+    _say(compare_runs(*words).rename(columns=dict(zip(('first', 'second'), words))).round(3).to_string(line_width=_width()))
 
 # %% ../nbs/02_cli.ipynb #ac04f567
 def _carry_out(runs, dry_run:bool, folder, name:str, ray=None, gpus=None, against=None):
@@ -239,7 +239,7 @@ def _show_table(tidy, path, against=None):
     "Print the protocol, the table, and where the runs stand"
     from lift_nb.experiments.tables import _protocol_text, render_table
     table = render_table(tidy, path.parent, against)
-    _say(f'\n{_protocol_text(tidy, path.parent)}\n\n{table.to_string()}\n\nResults: {path.resolve()}')
+    _say('', _fit(_protocol_text(tidy, path.parent)), '', table.to_string(line_width=_width()), f'\nResults: {path.resolve()}')
 
 def _texts(options:dict)->dict: return {k.replace('__', '.'): v for k, v in options.items() if v is not None}
 

@@ -30,11 +30,12 @@ from ..models.backbones import create_backbone
 from ..models.heads import HEADS
 from ..models.features import _CachedFeatures
 from ..training.losses import LogitAdjustment
+from ..training.callbacks import EpochCosine
 from ..evaluation.metrics import _hits_by_class
 from ..experiments.recipe import resolve
 from ..models.model import LiftModel, compile_backbone
 from ..models.saved import _package_versions
-from ..experiments.build import _FeatureRows, _build, _learner, _lift_dataloaders
+from ..experiments.build import _FeatureRows, _build, _learner, _lift_dataloaders, _train_on_cached_features
 from .steps import _BENCHES, _machine, _time_once, _ratio, step_setup
 
 # %% ../../nbs/bench/01_speed.ipynb #d57bc7ec
@@ -113,7 +114,7 @@ def _bench_loading(n:int=128, # images
 def _probe(**options):
     "Build and train a linear probe on the digits"
     learn = _build(resolve(data='digits_lt', method='lp', mda='plain', init='class_mean', epochs=5, device='cpu', **options))
-    with learn.no_bar(), learn.no_logging(): learn.fit_lift()
+    with learn.no_bar(), learn.no_logging(), _train_on_cached_features(learn): learn.fit(5, cbs=EpochCosine())
 
 def _bench_features(n:int=5)->dict: # pairs
     "A linear probe on cached features over one that computes them"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/07_screen.ipynb #53a7d699
-import codecs, os, sys, time
+# %% ../../nbs/core/07_screen.ipynb #8672daae
+import codecs, os, shutil, sys, textwrap, time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,6 +34,14 @@ def _accept_all_characters():
 def _say(*lines, file=None): # None: standard output
     "Print lines that may hold names from anywhere"
     for line in lines: print(_printable(line), file=file, flush=True)
+
+def _width()->int|None:
+    "Return the width of the terminal; None without one: lines are not broken for programs"
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+def _fit(text:str)->str:
+    "Return text with lines as long as the terminal is wide"
+    return textwrap.fill(text, _width()) if _width() else text
 
 # %% ../../nbs/core/07_screen.ipynb #8870f442
 def _wants_progress()->bool:

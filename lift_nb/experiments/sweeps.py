@@ -152,7 +152,7 @@ def _run_line(row:dict, # of the tidy table
 )->str:
     "Return a line about a run for the screen"
     accuracy = '  '.join(f"{c.replace('_', ' ')} {'–' if row[c] is None else f'{row[c]:.1f}':>5}" for c in ('overall', 'mean_class', 'few'))
-    return f"{i:{len(str(n))}}/{n}  {row['name']:24.24}  seed {row['seed']}  {accuracy}"
+    return f"{i:{len(str(n))}}/{n}  {row['name']:20.20}  seed {row['seed']}  {accuracy}"
 
 def _raise_if_failed(tidy:pd.DataFrame): # of `run_all`
     "Raise `LiftError` when a run has no result, so that whoever started the runs notices"
