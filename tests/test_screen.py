@@ -102,3 +102,10 @@ def test_names_that_command_a_terminal(tmp_path):
         assert not re.search('\x1b\\[31mred|\x1b\\]|\x07|\u202e|\x1b\\[2J|nowhere\x1b', said), words
         assert words[:1] != ['predict'] or code or '\\x1b[2J0.png' in said, said
     assert '\x1b' not in (tmp_path/'done/log.txt').read_text()
+
+@pytest.mark.parametrize('given, policy', [({}, 'PASSIVE'), (dict(OMP_WAIT_POLICY='ACTIVE'), 'ACTIVE')])
+def test_waiting_threads_leave_the_core(given, policy, tmp_path):
+    "What the user has set stays"
+    env = {k: v for k, v in environment(**given).items() if k != 'OMP_WAIT_POLICY' or given}
+    code = 'import lift_nb, os, sys; print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout.split() == [policy, 'False']
