@@ -200,6 +200,7 @@ def _log_callbacks(log, folder, every, validate)->list: # callbacks
     "What tells of a training while it goes on"
     return [*([_EpochLog(log, folder/'tensorboard', every)] if is_main() else []), *([] if validate else [SkipValidation()])]
 
+# %% ../../nbs/experiments/02_run.ipynb #5c1e2a04
 class _BarCallback(Callback):
     "Move a bar with every batch, of training and validation"
     order, run_valid = Recorder.order+1, True
@@ -226,6 +227,7 @@ def _with_bar(learn:Learner,
             stack.enter_context(learn.added_cbs(_BarCallback(bar, validate)))
         yield
 
+# %% ../../nbs/experiments/02_run.ipynb #5c1e2a06
 def _log_estimate(learn, log):
     "Tell what the training will need, except for a compiled tower and cached features, where a step is another than the one tried here"
     if not learn.compile_seconds and not _uses_cached_features(learn):
