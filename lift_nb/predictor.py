@@ -18,6 +18,7 @@ from fastcore.basics import defaults
 
 from .models.precision import PRECISIONS
 from .core.errors import LiftError, _lookup
+from .core.screen import _progress
 from .core.files import _read_tensors
 from .data.images import _read_rgb
 from .data.lists import _image_files
@@ -215,7 +216,7 @@ class Predictor:
     )->torch.Tensor: # (N, C), on the CPU
         "Return raw logits, a row for each image that was read"
         images, crop, out = _list_images(images), FiveCrops(self.resolution, expand) if tte else self.crop, []
-        for i in range(0, len(images), bs):
+        for i in _progress(range(0, len(images), bs), 'Predicting'):
             if not (x := list(_readable(images[i:i+bs], crop, i, skipped))): continue
             x = torch.stack(x).to(self.device).float()/255
             z = self.model(((x - self.mean)/self.std).flatten(0, -4))

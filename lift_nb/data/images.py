@@ -6,7 +6,8 @@
 __all__ = ['open_image']
 
 # %% ../../nbs/data/00_images.ipynb #e827b394
-import os, re, sys
+import os, re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from hashlib import blake2b
@@ -17,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import chunked
-from fastcore.parallel import parallel
 
 from ..core.errors import LiftError
+from ..core.screen import _progress
 
 # %% ../../nbs/data/00_images.ipynb #18a419cb
 _TURNS = dict(zip(range(2, 9), [Image.Transpose[t] for t in
@@ -209,7 +210,9 @@ def _all_image_facts(images, # paths, arrays or PIL images
 )->list: # of `_ImageFacts`
     "Look at many images in parallel"
     def some(xs): return [_image_facts_once(x, decode, max_value) for x in xs]
-    chunks, n = list(chunked(list(images), 64)), min(16, os.cpu_count() or 1) if n_workers is None else n_workers
-    shown = sys.stdout.isatty() or 'ipykernel' in sys.modules and 'IN_TEST' not in os.environ
-    found = parallel(some, chunks, n_workers=n, threadpool=True, progress=len(chunks) > 30 and shown)
-    return [l for ls in found for l in ls]
+    images = list(images)
+    chunks, n = list(chunked(images, 64)), min(16, os.cpu_count() or 1) if n_workers is None else n_workers
+    if not n: return some(images)
+    with ThreadPoolExecutor(n) as pool:
+        found = _progress(pool.map(some, chunks), f'Reading {len(images):,} images', len(chunks))
+        return [facts for chunk in found for facts in chunk]
