@@ -30,8 +30,6 @@ from .experiments.recipe import _check_modules, _check_value
 # %% ../nbs/01_predictor.ipynb #63f32998
 _all_ = ['save_lift'] # the other half of `load_lift`, also here
 
-_LARGEST = 2048 # pixels
-
 def _check_settings(about:dict): # header without anything odd
     "Raise `LiftError` for settings that cannot be"
     m, parts, images, source = (about[k] for k in ('method', 'parts', 'images', 'backbone'))
@@ -40,8 +38,6 @@ def _check_settings(about:dict): # header without anything odd
         if v is not None and k not in ('backbone.name', 'backbone.pretrained', 'unknown'): _check_value(k.removeprefix('backbone.'), v)
     if type(source.get('pretrained', True)) is not bool or type(source.get('name', '')) not in (str, type(None)):
         raise LiftError('the backbone must have a name')
-    if max(images['resolution'], images['expand'], source.get('resolution') or 0) > _LARGEST:
-        raise LiftError(f'images of more than {_LARGEST} pixels are not taken')
     for modules, layers, dim in (('modules', 'layers', 'dim'), ('text_modules', 'text_layers', 'text_dim')):
         if m.get(modules) is not None: _check_modules(m[modules], parts.get(layers), parts.get(dim))
 
