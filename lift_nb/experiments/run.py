@@ -208,7 +208,8 @@ def _title(r)->str: return f'{_data_word(r.data)}, {_data_word(r.backbone)}'
 
 def _draw(path, learn, r, s):
     "Save the picture of accuracies by class"
-    fig = plot_per_class({_value_word(r.method): s}, learn.counts, title=_title(r), class_names=[*map(_printable, learn.data.vocab)], many=r.many, few=r.few).figure
+    names = [*map(_printable, learn.data.vocab)]
+    fig = plot_per_class({_value_word(r.method): s}, learn.counts, title=_title(r), class_names=names, many=r.many, few=r.few).figure
     fig.savefig(path, dpi=150, bbox_inches='tight')
     plt.close(fig)
 
