@@ -26,6 +26,10 @@ from .experiments.recipe import (Recipe, RunSettings, _FIELDS, _check_value, _in
 _SHORT = {'-d': 'data', '-b': 'backbone', '-m': 'method'}
 _BARE = ('--help', '-h', '--dry-run', '--dry_run', '--version')
 
+def _is_option(word:str, known)->bool: # names of options
+    "Return whether a word that should be a value is an option with dashes"
+    return word in _BARE or word.startswith('--') and word.partition('=')[0][2:].replace('-', '_') in known
+
 def _as_options(argv, # words behind the command
     known, # names of its options
     positional:int|None=0, # words that may be no option; None: any number
@@ -37,7 +41,8 @@ def _as_options(argv, # words behind the command
         key = _SHORT.get(name) or name.lstrip('-').replace('-', '_')
         if w in _BARE: out.append('--help' if w == '-h' else w.replace('_', '-'))
         elif key in known:
-            if not given and (value := next(words, None)) is None: raise LiftError(f'Option {w!r} has no value')
+            if not given: value = next(words, None)
+            if value is None or _is_option(value, known): raise LiftError(f'Option {w!r} has no value')
             out.append(f'--{key}={value}')
         elif w.startswith('-') and len(w) > 1 or positional is not None and len(rest) >= positional:
             raise LiftError(_unknown(key, known))
@@ -368,7 +373,7 @@ def _how_to_go_on(argv:list)->str: # words after the program's name
 
 def _last_sentence(e:Exception)->str:
     "Return the message of a `LiftError`, also when a worker process raised it"
-    return str(e).strip().splitlines()[-1].split('LiftError: ', 1)[-1]
+    return str(e).strip().splitlines()[-1].split('LiftError: ', 1)[-1].strip()
 
 def _dispatch(argv):
     "Run the command that the words name"

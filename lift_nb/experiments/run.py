@@ -7,7 +7,7 @@ __all__ = ['run', 'score_table', 'compare']
 
 # %% ../../nbs/experiments/02_run.ipynb #22bfb61c
 import json, shutil, time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ..core.processes import (init_distributed, is_main, run_on_main, _peer_fail
 from ..core.files import _as_json, _read_tensors, _write_json
 from ..core.locks import _LOCK, _locked
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
+from ..data.images import _printable
 from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
@@ -119,12 +120,14 @@ class _EpochLog(Callback):
         self.say(f'epoch {self.epoch+1}/{self.n_epoch}  batch {self.iter+1}/{self.n_iter}  loss {self.loss.item():.4g}')
     def after_epoch(self):
         epoch, *values, seconds = self.recorder.log
-        row = {n: float(v) for n, v in zip(self.recorder.metric_names[1:], values) if isinstance(v, (int, float))}
+        row = {n: float(v) for n, v in zip(self.recorder.metric_names[1:], values) if isinstance(v, (int, float)) and v == v}
         line = f'epoch {epoch+1}/{self.n_epoch}  ' + '  '.join(f'{n} {v:.4g}' for n, v in row.items()) + f'  time {seconds}'
         self.say(line, lambda screen: self.show(screen, row, seconds))
-        for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
-        self.writer.flush()
-    def after_fit(self): self.writer.close()
+        with suppress(OSError): # curves are not worth a training
+            for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
+            self.writer.flush()
+    def after_fit(self):
+        with suppress(OSError): self.writer.close()
     def show(self, screen, row, seconds):
         epoch = f'{"epoch":{2*len(str(self.n_epoch)) + 1}}' # as wide as 10/10
         if not self.rows: screen.columns([epoch, *(_TITLES.get(n, n) for n in row), 'time'])
@@ -265,7 +268,8 @@ def _title(r)->str: return f'{_data_word(r.data)}, {_data_word(r.backbone)}'
 
 def _draw(path, learn, r, s):
     "Save the picture of accuracies by class"
-    fig = plot_per_class({_method_words(r): s}, learn.counts, title=_title(r), class_names=learn.data.vocab, many=r.many, few=r.few).figure
+    names = [*map(_printable, learn.data.vocab)]
+    fig = plot_per_class({_method_words(r): s}, learn.counts, title=_title(r), class_names=names, many=r.many, few=r.few).figure
     fig.savefig(path, dpi=150, bbox_inches='tight')
     plt.close(fig)
 
@@ -275,7 +279,13 @@ def _write_scalars(folder, r, s, name):
         for k, v in asdict(s).items():
             if isinstance(v, float): w.add_scalar(f'{name}/{k}', v, r.epochs)
 
-def _finish(folder, learn, result, s, predictions, name='result', say=print):
+def _finish(folder, *args):
+    "`_write_results`; raises `LiftError` for a disk that does not take them"
+    try: return _write_results(folder, *args)
+    except OSError as e: raise LiftError(f"Cannot write the results to '{folder}' ({e.strerror or e}); what was written before stays, "
+        'and with resume True the run ends without training again') from None
+
+def _write_results(folder, learn, result, s, predictions, name='result', say=print):
     "Write the trained tensors (after training), predictions, picture, scores, and at last the result"
     r, trained = learn.recipe, name == 'result'
     if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings())
@@ -283,7 +293,8 @@ def _finish(folder, learn, result, s, predictions, name='result', say=print):
     try:
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
         _write_scalars(folder, r, s, name)
-    except OSError as e: say(f"Could not write the picture to '{folder}' ({e.strerror or e})")
+    except (OSError, ValueError, TypeError) as e: # the picture is not worth the result
+        say(f"Could not write the picture to '{folder}' ({getattr(e, 'strerror', None) or e})")
     _write_json(folder/f'{name}.json', dict(result, predictions=seal))
     if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
     return result

@@ -7,6 +7,7 @@ __all__ = ['TABLES', 'table_runs', 'run_all']
 
 # %% ../../nbs/experiments/04_sweeps.ipynb #3d6f82d3
 import hashlib, re
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def _run_one(name:str, options:dict, folder, # as in `run_all`
         torch=r['versions']['torch'], folder=str(place))
 
 # %% ../../nbs/experiments/04_sweeps.ipynb #3077c805
+@contextmanager
+def _writing(folder):
+    "Raise `LiftError` where the folder of all runs cannot be written to"
+    try: yield
+    except OSError as e: raise LiftError(f"Cannot write to the output folder '{folder}': {e.strerror or e}") from None
+
 def run_all(runs, # of `table_runs`
     folder='output', # of all runs
     table='table', # the tidy table is `<table>.csv` in that folder
@@ -164,13 +171,13 @@ def run_all(runs, # of `table_runs`
     echo=None, # takes the lines of the logs, with Ray only what went wrong; None: a line for each run, on standard output
 )->pd.DataFrame: # tidy: a row for each run
     "Carry out runs, resumably; their tidy table is written after each"
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with _writing(folder): Path(folder).mkdir(parents=True, exist_ok=True)
     runs, found, say = list(runs), [], echo or _say
     with _workers(ray, gpus) as start:
         for (n, o), result in [(run, start(_run_one, *run, folder, None if ray else echo or _brief_screen(*run))) for run in runs]:
             try: found.append(result())
             except LiftError as e: found.append(_first_problem(n, o.get('seed'), Path(folder)/run_name(**o), e)) # a worker died
-            with _atomic_write(Path(folder)/f'{table}.csv') as part: pd.DataFrame(found).to_csv(part, index=False)
+            with _writing(folder), _atomic_write(Path(folder)/f'{table}.csv') as part: pd.DataFrame(found).to_csv(part, index=False)
             if 'problem' in found[-1]: say(f"{n}: {found[-1]['problem']}")
             elif echo is None: say(_run_line(found[-1], len(found), len(runs)))
     return pd.DataFrame(found)
