@@ -276,7 +276,7 @@ def test_checkpoints_of_the_original(modules, head, small, tmp_path, capsys):
     words = [w for k, v in o.items() for w in (k, v)] + ['test_only', 'True', 'model_dir', f'{tmp_path}/theirs', 'output_dir', f'{tmp_path}/test', 'v.aft_seed', '1', 'l.aft_seed', '1']
     assert main(words) == 0 # the entries that aft trains are those of the file, whatever the seed
     assert run(tmp_path/'again', test_only=True, model_dir=tmp_path/'theirs', **o, **small)['per_class'] == trained['per_class']
-    assert f"overall {trained['overall']:.2f}" in capsys.readouterr().out
+    assert f"accuracy %{trained['overall']:>12.1f}" in capsys.readouterr().out
     assert 'does not fit' in (main(['-m', 'lp', 'modules', 'ssf', *words[words.index('test_only'):-4]]), capsys.readouterr().err)[1]
 
 def test_a_reader_that_goes_away():

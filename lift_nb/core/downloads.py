@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/08_downloads.ipynb #b4586845
-import errno, hashlib, os, shutil, sys, time
+import errno, hashlib, os, sys, time
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 
 from .errors import LiftError
+from .screen import _Bar
 
 # %% ../../nbs/core/08_downloads.ipynb #6d2adccc
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def _fetch_rest(pin:_PinnedFile, # what is wanted
     have = part.stat().st_size if part.exists() else 0
     if have >= pin.size: have = 0
     asked = Request(pin.url, headers={'Range': f'bytes={have}-'} if have else {})
-    with urlopen(asked, timeout=timeout) as answer, part.open('ab' if answer.status == 206 else 'wb') as f: shutil.copyfileobj(answer, f)
+    with urlopen(asked, timeout=timeout) as answer, part.open('ab' if answer.status == 206 else 'wb') as f, _Bar(f'fetching {part.stem}') as bar:
+        while chunk := answer.read(2**20): bar.to(f.tell() + f.write(chunk), pin.size)
     if pin.fits(part): return
     if not answer.length: part.unlink() # all came, of another file
     raise RuntimeError('incomplete, or another file')

@@ -22,20 +22,23 @@ def class_prior(prior, # 'uniform', 'training', C counts or shares, or a dict fr
 )->np.ndarray: # (C,) positive, sum 1
     "Return a prior over the classes; raises `LiftError` for one that cannot be"
     n = len(counts)
-    if isinstance(prior, str): return _lookup(dict(uniform=np.full(n, 1/n), training=np.asarray(counts)/np.sum(counts)), prior, 'prior')
+    named = dict(uniform=np.full(n, 1/n), training=np.asarray(counts)/np.sum(counts))
+    if isinstance(prior, str): return _lookup(named, prior, 'prior')
     names = [str(i) for i in range(n)] if class_names is None else list(map(str, class_names))
     p = _from_table(prior, names) if isinstance(prior, dict) else prior
     try: p = np.asarray(p, float)
     except (TypeError, ValueError): raise LiftError(f'A prior consists of numbers, not {prior!r:.80}') from None
     if p.shape != (n,): raise LiftError(f'The prior has {p.size} numbers, there are {n} classes')
     if not np.isfinite(p).all() or (p <= 0).any():
-        raise LiftError(f'The prior of {names[int(np.argmin(np.where(np.isfinite(p), p, -1)))]!r:.80} must be a positive number; give a rare class a small share')
+        worst = names[int(np.argmin(np.where(np.isfinite(p), p, -1)))]
+        raise LiftError(f'The prior of {worst!r:.80} must be a positive number; give a rare class a small share')
     if p.max() <= 1 and abs(p.sum() - 1) > .01: raise LiftError(f'The shares of the prior add up to {p.sum():.3g}, not to 1')
     return p/p.sum()
 
 def _from_table(table:dict, names:list)->list: # numbers in the order of the names
     given = {str(k): v for k, v in table.items()}
-    if unknown := [k for k in given if k not in names]: raise LiftError(f'The prior names a class {unknown[0]!r:.80}; choose from {_nearest(unknown[0], names)}')
+    if unknown := [k for k in given if k not in names]:
+        raise LiftError(f'The prior names a class {unknown[0]!r:.80}; choose from {_nearest(unknown[0], names)}')
     if lost := [k for k in names if k not in given]: raise LiftError(f'The prior lacks {len(lost)} classes: {lost[:5]}')
     return [given[k] for k in names]
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import noop
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.callback.training import GradientClip
 from fastai.data.transforms import Normalize, ToTensor
@@ -24,6 +25,7 @@ from fastai.torch_core import set_seed
 from fasttransform import Pipeline
 
 from ..core.errors import LiftError, _lookup
+from ..core.screen import _wants_progress
 from ..core.catalog import LOSSES
 from ..core.processes import is_distributed
 from ..data.dataset import LongTailData, class_counts, long_tail_subset
@@ -205,6 +207,9 @@ def _learner(dls:DataLoaders, # training and test set
         cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
     learn.recipe, learn.counts, learn.accum_step = r, counts, accum_step
     learn.recorder.smooth_loss = _SmoothLoss()
+    if not _wants_progress():
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
     return learn
 
 # %% ../../nbs/experiments/01_build.ipynb #29fda01e
