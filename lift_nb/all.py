@@ -20,9 +20,10 @@ __all__ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TE
            'WatchLoss', 'SkipValidation', 'LongTailLoss', 'CrossEntropy', 'LogitAdjustment', 'BalancedSoftmax', 'LADE',
            'GRW', 'ClassBalanced', 'Focal', 'LDAM', 'Estimate', 'estimate', 'Scores', 'score_preds', 'group_metrics',
            'plot_per_class', 'TopPredictions', 'top_predictions', 'prediction_table', 'read_predictions',
-           'compare_runs', 'intervals', 'compare_paired', 'load_original', 'save_original', 'Recipe', 'RunSettings',
-           'resolve', 'run_name', 'run', 'score_table', 'compare', 'TABLES', 'table_runs', 'run_all', 'render_table',
-           'saved_bytes', 'step_setup', 'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
+           'compare_runs', 'intervals', 'compare_paired', 'class_table', 'write_report', 'report_run', 'report_runs',
+           'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
+           'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
+           'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
 
 # %% ../nbs/03_all.ipynb #1e4020a6
 from .core.catalog import DATASETS, BACKBONES, METHODS, ADAPTERS, HEADS, INITS, TEXT_HEADS, LOSSES
@@ -66,11 +67,14 @@ from .evaluation.metrics import Scores, score_preds, group_metrics, plot_per_cla
 from .evaluation.predictions import (
     TopPredictions, top_predictions, prediction_table, read_predictions, compare_runs)
 from .evaluation.significance import intervals, compare_paired
+from .evaluation.class_table import class_table
+from .evaluation.report import write_report
 from .original.checkpoints import load_original, save_original
 from .experiments.recipe import Recipe, RunSettings, resolve, run_name
 from .experiments.run import run, score_table, compare
 from .experiments.sweeps import TABLES, table_runs, run_all
 from .experiments.tables import render_table
+from .experiments.reports import report_run, report_runs
 from .bench.steps import saved_bytes, step_setup
 from .learner import lift_plus_learner
 from .predictor import load_lift, Predictor
@@ -94,6 +98,7 @@ _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT
     'CrossEntropy', 'LogitAdjustment', 'BalancedSoftmax', 'LADE', 'GRW', 'ClassBalanced', 'Focal', 'LDAM',
     'Estimate', 'estimate', 'Scores', 'score_preds', 'group_metrics', 'plot_per_class', 'TopPredictions',
     'top_predictions', 'prediction_table', 'read_predictions', 'compare_runs', 'intervals', 'compare_paired',
+    'class_table', 'write_report', 'report_run', 'report_runs',
     'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
     'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
     'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']

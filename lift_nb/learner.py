@@ -8,6 +8,7 @@ __all__ = ['lift_plus_learner']
 # %% ../nbs/00_learner.ipynb #b1bbf5c6
 from dataclasses import fields
 from inspect import Parameter, Signature
+from pathlib import Path
 
 import pandas as pd
 from fastcore.basics import patch
@@ -18,6 +19,7 @@ import fastai.vision.learner  # teaches show_results about images
 from .core.deprecated import _moved
 from .core.errors import LiftError, _nearest
 from .evaluation.metrics import Scores, score_preds
+from .evaluation.predictions import prediction_table, top_predictions
 from .training.callbacks import EpochCosine
 from .training.resume import _fit_resumably
 from .experiments.recipe import Recipe, _ALIASES, _FIELDS, _result_settings, resolve
@@ -110,3 +112,18 @@ def scores(self:Learner,
 )->Scores:
     "Return accuracies overall, by group and by class"
     return score_preds(*self.logits(dl, tte, expand), self.counts, self.recipe.many, self.recipe.few)
+
+# %% ../nbs/00_learner.ipynb #c7d1e0a4
+@patch
+def report(self:Learner,
+    folder='report', # where report.html and its tables go
+    dl=None, # None: the test set's
+    tte:bool=False, # five crops of each image?
+    expand:int|None=None, # margin of the five crops in pixels
+)->Path: # of the page
+    "Write a report about the classes, images and training of this learner"
+    from lift_nb.experiments.run import _history, _write_learner_report
+    history, found = _history(self), top_predictions([self.logits(dl, tte, expand)])
+    images = range(len(found.labels)) if dl is not None or self.data is None else self.data.test_images
+    table = prediction_table(images, found, list(map(str, self.dls.vocab)))
+    return _write_learner_report(Path(folder), self, table, history, dl is None)

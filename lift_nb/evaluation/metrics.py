@@ -34,6 +34,14 @@ class Scores:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'per_class'}
         return '  '.join(f"{k} {'–' if v is None else f'{v:.2f}'}" for k, v in values.items())
 
+    def _repr_html_(self): # a notebook's table
+        acc = [a for a in self.per_class if a is not None]
+        values = {f.name.replace('_', ' '): getattr(self, f.name) for f in fields(self) if f.name != 'per_class'}
+        values |= {'worst class': min(acc, default=None), 'classes': len(acc)}
+        cells = ['–' if v is None else f'{v:.1f}' if isinstance(v, float) else str(v) for v in values.values()]
+        head, row = (''.join(f'<{t}>{x}</{t}>' for x in xs) for t, xs in (('th', values), ('td', cells)))
+        return f'<table><tr>{head}</tr><tr>{row}</tr></table>'
+
 def _scores(hits, # (C,) test images of each class that were recognised
     seen, # (C,) test images of each class
     counts, # (C,) training images of each class

@@ -49,7 +49,7 @@ def _about_confidence(confidence, hits)->list:
 
 def _attention(table, pairs, flow, found, confidence, hits, n:int=3)->list: # what the sections are made of; sentences
     "Return what most deserves attention"
-    out, weak = _about_groups(found, flow), table[table.high < table.recall.mean()].sort_values('high')
+    out, weak = _about_groups(found, flow), table[table.high < table.recall.mean()].sort_values(['high', 'train'], kind='stable')
     if table.share_predicted.max() == 1: out.insert(0, f'Every test image is predicted as “{table.name[table.share_predicted.idxmax()]}”: the model tells nothing apart.')
     for r in weak[:1].itertuples():
         to = f' It is most often taken for “{r.taken_for}”.' if r.taken_for else ''

@@ -265,10 +265,10 @@ def _history(learn)->pd.DataFrame: # a row for each epoch, counted from 1
     table.columns = [n for n in r.metric_names[1:] if n != 'time'][:table.shape[1]]
     return table.assign(lr=[r.lrs[min(i, len(r.lrs)) - 1] for i in r.iters])
 
-def _write_learner_report(folder, learn, predictions, history=None)->Path: # of the report; tables of predictions and epochs
+def _write_learner_report(folder, learn, predictions, history=None, show:bool=True)->Path: # tables of predictions and epochs, show images?
     "Write the report of what a learner predicts for the test images"
     r, data, names = learn.recipe, learn.data, list(map(str, learn.dls.vocab))
-    read = None if data is None else lambda i: _read_rgb(data.test_images[i], data.max_value)
+    read = None if data is None or not show else lambda i: _read_rgb(data.test_images[i], data.max_value)
     about = (f'{_data_word(r.backbone)}; {len(names):,} classes, {learn.counts.sum():,} training and {len(predictions):,} test images; '
         f'{n_trainable(learn.model):,} trained parameters.')
     title = f'{_value_word(r.method)} on {_data_word(r.data)}'
