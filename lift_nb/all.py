@@ -28,12 +28,9 @@ __all__ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TE
 # %% ../nbs/03_all.ipynb #1e4020a6
 from .core.catalog import DATASETS, BACKBONES, METHODS, ADAPTERS, HEADS, INITS, TEXT_HEADS, LOSSES
 from .core.errors import LiftError
-from .core.processes import (
-    is_distributed, is_main, init_distributed, shutdown_distributed, run_on_main)
-from .data.benchmarks import (
-    BENCHMARKS, Benchmark, benchmark, from_lists, cifar100, cifar100_lt, load_data)
-from .data.crops import (
-    MDA_SCHEDULES, min_scale, MinimalistCrop, ClassicCrop, CenterCrop, FiveCrops, train_crop)
+from .core.processes import is_distributed, is_main, init_distributed, shutdown_distributed, run_on_main
+from .data.benchmarks import BENCHMARKS, Benchmark, benchmark, from_lists, cifar100, cifar100_lt, load_data
+from .data.crops import MDA_SCHEDULES, min_scale, MinimalistCrop, ClassicCrop, CenterCrop, FiveCrops, train_crop
 from lift_nb.data.dataset import (
     class_counts, shot_groups, long_tail_counts, long_tail_subset, LongTailData, from_arrays, digits_lt,
     plot_counts)
@@ -49,12 +46,10 @@ from .models.backbones import Backbone, blocks, choose_attention, tiny_clip, cre
 from .models.features import FeatureCache
 from .models.heads import LinearHead, CosineHead, L2NormHead, LayerNormHead, create_head
 from .models.merge import merge
-from .models.model import (
-    LiftModel, set_precision, store_frozen, recompute_blocks, assemble, compile_backbone)
+from .models.model import LiftModel, set_precision, store_frozen, recompute_blocks, assemble, compile_backbone
 from .models.precision import PRECISIONS, autocast
 from .models.saved import save_lift
-from .models.surgery import (
-    AdapterSpec, adapt, n_trainable, first_token_only, trainable_state, load_trainable)
+from .models.surgery import AdapterSpec, adapt, n_trainable, first_token_only, trainable_state, load_trainable
 from .models.text import TEMPLATE, prompts, tokenize, TextTower, text_tower, text_features
 from .models.text_heads import CONTEXTS, ZeroShotHead, zero_shot_head, TextHead, create_text_head
 from .training.callbacks import (

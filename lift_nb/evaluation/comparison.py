@@ -51,28 +51,37 @@ def _tests(y, preds, counts, **borders)->pd.DataFrame: # labels, name → predic
 def _tests_block(tests)->dict: # of `_tests`
     "Return the paired tests as a table block"
     span = [f'{a:+.1f} … {b:+.1f}' for a, b in zip(tests.low, tests.high)]
-    return _table([('run', 'name', tests.run), ('score', 'text', tests.score.map(_SCORES)), ('reference, %', 'percent', tests['first']/100),
-        ('run, %', 'percent', tests.second/100), ('difference', 'signed', tests.difference/100, 'points'), ('interval', 'text', span), ('p', 'p', tests.p),
+    return _table([('run', 'name', tests.run), ('score', 'text', tests.score.map(_SCORES)),
+        ('reference, %', 'percent', tests['first']/100), ('run, %', 'percent', tests.second/100),
+        ('difference', 'signed', tests.difference/100, 'points'), ('interval', 'text', span), ('p', 'p', tests.p),
         ('test', 'text', tests.test)], 'tests.csv')
 
 def _classes_block(table, first, others)->dict: # of `_class_comparison`
     "Return the classes as a table block, the largest changes first"
     order = np.argsort(-np.nan_to_num(table[f'difference {others[0]}'].abs()), kind='stable')
     t = table.iloc[order]
-    columns = [('class', 'name', t.name), ('group', 'group', t.group), ('train', 'int', t.train), ('test', 'int', t.test), (f'{first}, %', 'percent', t[f'recall {first}'])]
+    columns = [('class', 'name', t.name), ('group', 'group', t.group), ('train', 'int', t.train), ('test', 'int', t.test),
+        (f'{first}, %', 'percent', t[f'recall {first}'])]
     for n in others:
-        columns += [(f'{n}, %', 'percent', t[f'recall {n}']), ('difference', 'signed', t[f'difference {n}'], 'points against the reference'),
-            ('won', 'int', t[f'won {n}'], 'images that only this run recognizes'), ('lost', 'int', t[f'lost {n}'], 'images that only the reference recognizes')]
+        columns += [(f'{n}, %', 'percent', t[f'recall {n}']),
+            ('difference', 'signed', t[f'difference {n}'], 'points against the reference'),
+            ('won', 'int', t[f'won {n}'], 'images that only this run recognizes'),
+            ('lost', 'int', t[f'lost {n}'], 'images that only the reference recognizes')]
     return _table(columns, 'classes.csv')
 
 def _verdict(tests, first)->list: # of `_tests`, name of the reference
     "Return a sentence about the mean over classes of each run"
     def of(r):
         word = f'{"better" if r.difference > 0 else "worse"} than' if r.p < .05 else 'not told apart from'
-        return f'“{r.run}” is {word} “{first}” in the mean over classes: {r.difference:+.1f} points ({r.low:+.1f} … {r.high:+.1f}), p = {r.p:.2g}.'
+        size = f'{r.difference:+.1f} points ({r.low:+.1f} … {r.high:+.1f})'
+        return f'“{r.run}” is {word} “{first}” in the mean over classes: {size}, p = {r.p:.2g}.'
     return [of(r) for r in tests[tests.score == 'mean_class'].itertuples()]
 
-# %% ../../nbs/evaluation/08_comparison.ipynb #fe45b0f0
+# %% ../../nbs/evaluation/08_comparison.ipynb #78061a46
+_TESTS = ('McNemar’s test for the overall accuracy, sign-flip tests for means over classes; '
+    'the networks are taken as they are, so another seed may differ.')
+_CHANGES = 'The largest changes first. Won and lost: images that only the run, or only the reference, recognizes.'
+
 def write_comparison(folder, # where report.html and the tables go
     runs:dict, # name → predictions, of `read_predictions`; the first is the reference
     counts, # (C,) training images of each class
@@ -86,11 +95,12 @@ def write_comparison(folder, # where report.html and the tables go
     table, tests = _class_comparison(y, preds, counts, names, **borders), _tests(y, preds, counts, **borders)
     scores = {n: intervals(p == y, y, counts, **borders) for n, p in preds.items()}
     about = f'{len(preds)} runs on {len(y):,} test images of {len(counts):,} classes. The reference is “{first}”.'
-    plots = [_plot(plot_differences(table.assign(difference=table[f'difference {n}']), f'difference-{i}'), title=f'{n} against {first}') for i, n in enumerate(others)]
-    sections = [_section('Scores', _verdict(tests, first), *(dict(kind='scores', rows=_score_rows(s), title=n) for n, s in scores.items())),
-        _section('Paired tests', ['McNemar’s test for the overall accuracy, sign-flip tests for means over classes; the networks are taken as they are, so another seed may differ.'], _tests_block(tests)),
+    def plot(i, n): return plot_differences(table.assign(difference=table[f'difference {n}']), f'difference-{i}')
+    plots = [_plot(plot(i, n), title=f'{n} against {first}') for i, n in enumerate(others)]
+    rows = [dict(kind='scores', rows=_score_rows(s), title=n) for n, s in scores.items()]
+    sections = [_section('Scores', _verdict(tests, first), *rows), _section('Paired tests', [_TESTS], _tests_block(tests)),
         _section('Class size', ['Change of each class’s recall over its training images.'], *plots),
-        _section('Classes', ['The largest changes first. Won and lost: images that only the run, or only the reference, recognizes.'], _classes_block(table, first, others))]
+        _section('Classes', [_CHANGES], _classes_block(table, first, others))]
     page = _render(title=title, lead=about, notes=[], sections=sections)
     long = pd.concat({n: s.rename_axis('score').reset_index() for n, s in scores.items()}, names=['run']).reset_index('run')
     return _write_page(Path(folder), page, dict(classes=table.reset_index(), tests=tests, groups=long))

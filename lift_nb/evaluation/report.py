@@ -50,15 +50,19 @@ def _about_confidence(confidence, hits)->list:
 def _attention(table, pairs, flow, found, confidence, hits, n:int=3)->list: # what the sections are made of; sentences
     "Return what most deserves attention"
     out, weak = _about_groups(found, flow), table[table.high < table.recall.mean()].sort_values(['high', 'train'], kind='stable')
-    if table.share_predicted.max() == 1: out.insert(0, f'Every test image is predicted as “{table.name[table.share_predicted.idxmax()]}”: the model tells nothing apart.')
+    if table.share_predicted.max() == 1:
+        out.insert(0, f'Every test image is predicted as “{table.name[table.share_predicted.idxmax()]}”: the model tells nothing apart.')
     for r in weak[:1].itertuples():
         to = f' It is most often taken for “{r.taken_for}”.' if r.taken_for else ''
         out.append(f'“{r.name}” is the weakest class for certain: recall {100*r.recall:.0f} %, at most {100*r.high:.0f} %.{to}')
     out += _about_confidence(confidence, hits)
     vague = table[~(table.high - table.low <= .4)]
-    if len(vague): out.append(f'{len(vague)} of {len(table)} classes have too few test images for a statement: their interval is wider than 40 points.')
+    if len(vague):
+        out.append(f'{len(vague)} of {len(table)} classes have too few test images for a statement: '
+            'their interval is wider than 40 points.')
     for r in pairs[:1].itertuples():
-        out.append(f'{r.images} of the images of “{r.true_name}” ({100*r.share:.0f} %) are taken for “{r.predicted_name}”, the most frequent confusion.')
+        out.append(f'The most frequent confusion: {r.images} of the images of “{r.true_name}” ({100*r.share:.0f} %) '
+            f'are taken for “{r.predicted_name}”.')
     return out[:n] or ['Nothing stands out: no class is surely below the mean, and the groups are close together.']
 
 # %% ../../nbs/evaluation/07_report.ipynb #40bf1092
@@ -78,7 +82,8 @@ def _table(columns, # (label, kind, values, what it means) each
     title='')->dict:
     "Return a table block, which the reader can sort and search"
     rows = [list(map(_cell, r)) for r in zip(*(c[2] for c in columns))]
-    return dict(kind='table', rows=rows, file=file, page=page, title=title, columns=[dict(label=c[0], kind=c[1], about=c[3] if len(c) > 3 else '') for c in columns])
+    heads = [dict(label=c[0], kind=c[1], about=c[3] if len(c) > 3 else '') for c in columns]
+    return dict(kind='table', rows=rows, file=file, page=page, title=title, columns=heads)
 
 def _plot(svg:str, width:int=836, caption='', title='')->dict:
     "Return a picture block"
@@ -87,38 +92,49 @@ def _plot(svg:str, width:int=836, caption='', title='')->dict:
 def _class_rows(t:pd.DataFrame)->dict: # of `class_table`
     "Return the table of classes, worst first"
     t = t.sort_values(['recall', 'train'], kind='stable', na_position='last')
-    return _table([('class', 'name', t.name), ('group', 'group', t.group), ('train', 'int', t.train, 'training images'), ('test', 'int', t.test, 'test images'),
+    ratio = t.share_predicted/t.share_true.where(t.test > 0)
+    return _table([('class', 'name', t.name), ('group', 'group', t.group),
+        ('train', 'int', t.train, 'training images'), ('test', 'int', t.test, 'test images'),
         ('recall, %', 'interval', zip(t.recall, t.low, t.high), 'share of its images that are recognized, with its interval'),
-        ('precision, %', 'percent', t.precision, 'share of right ones among the images taken for it'), ('F1, %', 'percent', t.f1),
+        ('precision, %', 'percent', t.precision, 'share of right ones among the images taken for it'),
+        ('F1, %', 'percent', t.f1),
         ('taken for', 'counted', zip(t.taken_for, t.taken_for_images), 'what most of its missed images were taken for'),
         ('mistaken from', 'counted', zip(t.mistaken_from, t.mistaken_from_images), 'whose images were most often taken for it'),
-        ('predicted / true', 'ratio', t.share_predicted/t.share_true.where(t.test > 0), 'predictions of the class for each image of it; 1 is even')], 'classes.csv')
+        ('predicted / true', 'ratio', ratio, 'predictions of the class for each image of it; 1 is even')], 'classes.csv')
 
 # %% ../../nbs/evaluation/07_report.ipynb #a6745bb7
 def _flow_block(flow:pd.DataFrame)->dict: # of `group_flow`
     "Return the shares of each group as a small heat map"
-    rows = [dict(name=f'{g}-shot', group=g, cells=[dict(text=f'{100*v:.1f} %', alpha=round(.75*v, 3)) for v in r]) for g, r in flow.dropna().iterrows()]
-    return dict(kind='flow', head=['test images of', 'right', 'wrong, as many', 'wrong, as medium', 'wrong, as few'], rows=rows, title='By group')
+    def cells(shares): return [dict(text=f'{100*v:.1f} %', alpha=round(.75*v, 3)) for v in shares]
+    rows = [dict(name=f'{g}-shot', group=g, cells=cells(r)) for g, r in flow.dropna().iterrows()]
+    head = ['test images of', 'right', 'wrong, as many', 'wrong, as medium', 'wrong, as few']
+    return dict(kind='flow', head=head, rows=rows, title='By group')
 
 def _confusion_section(table, pairs, flow)->dict:
     "Return the section about confusions"
     top, n = pairs[:200], int(pairs.images.sum())
     up = int(pairs.images[pairs.toward == 'up'].sum())
-    about = [f'{n:,} test images are wrong; {100*up/max(1, n):.0f} % of them went to a class with more training images.' if n else 'No test image is wrong.']
-    matrix = _plot(plot_confusion(table, pairs), 700, 'Share of a true class (row) that is predicted as the class of the column; large classes first.', 'Matrix') if len(table) <= 50 else None
-    strongest = _table([('true', 'name', top.true_name), ('predicted', 'text', top.predicted_name), ('images', 'int', top.images),
-        ('share, %', 'percent', top.share, 'of the true class'), ('from', 'group', top.true_group), ('to', 'group', top.predicted_group)],
-        'confusions.csv', 12, 'Strongest pairs') if n else None
-    return _section('Confusions', about, _flow_block(flow), matrix, strongest)
+    if not n: return _section('Confusions', ['No test image is wrong.'], _flow_block(flow))
+    about = f'{n:,} test images are wrong; {100*up/n:.0f} % of them went to a class with more training images.'
+    caption = 'Share of a true class (row) that is predicted as the class of the column; large classes first.'
+    matrix = _plot(plot_confusion(table, pairs), 700, caption, 'Matrix') if len(table) <= 50 else None
+    strongest = _table([('true', 'name', top.true_name), ('predicted', 'text', top.predicted_name),
+        ('images', 'int', top.images), ('share, %', 'percent', top.share, 'of the true class'),
+        ('from', 'group', top.true_group), ('to', 'group', top.predicted_group)], 'confusions.csv', 12, 'Strongest pairs')
+    return _section('Confusions', [about], _flow_block(flow), matrix, strongest)
 
 def _reliability_section(confidence, hits, groups, missing:int=0)->dict: # (N,) each; images without a probability
     "Return the section about probabilities, overall and by group of the true class"
-    about = [f'The probability of {missing} of {missing + len(hits)} images is not a number; they are left out here.' if missing else '']
+    lost = f'The probability of {missing} of {missing + len(hits)} images is not a number; they are left out here.'
+    about = [lost if missing else '']
     if not len(hits): return _section('Reliability', [*about, 'There are no probabilities to judge.'])
-    rows = [(name, m) for name, m in (('overall', np.ones(len(hits), bool)), *((g, groups == g) for g in ('many', 'medium', 'few'))) if m.any()]
-    numbers = _table([('', 'text', [n for n, _ in rows]), ('images', 'int', [m.sum() for _, m in rows]), ('confidence, %', 'percent', [confidence[m].mean() for _, m in rows]),
-        ('accuracy, %', 'percent', [hits[m].mean() for _, m in rows]), ('calibration error, %', 'percent', [expected_calibration_error(confidence[m], hits[m]) for _, m in rows])], 'groups.csv')
-    about.append('Where the probability of a prediction is 0.8, eight in ten should be right. Below the diagonal the model is too sure of itself.')
+    masks = dict(overall=np.ones(len(hits), bool), **{g: groups == g for g in ('many', 'medium', 'few')})
+    rows = [(g, m.sum(), confidence[m].mean(), hits[m].mean(), expected_calibration_error(confidence[m], hits[m]))
+        for g, m in masks.items() if m.any()]
+    heads = ('', 'images', 'confidence, %', 'accuracy, %', 'calibration error, %')
+    numbers = _table(list(zip(heads, ('text', 'int', *['percent']*3), zip(*rows))), 'groups.csv')
+    about.append('Where the probability of a prediction is 0.8, eight in ten should be right. '
+        'Below the diagonal the model is too sure of itself.')
     return _section('Reliability', about, numbers, _plot(plot_group_reliability(confidence, hits, groups), 460))
 
 # %% ../../nbs/evaluation/07_report.ipynb #a0099173
@@ -134,7 +150,8 @@ def _tile(r, names, open_image)->dict: # row of the predictions with its number 
     try: src = _thumbnail(open_image(r.at))
     except (LiftError, OSError, ValueError, IndexError): src = None
     p = '' if np.isnan(r.probability) else f'{100*r.probability:.0f} %'
-    return dict(src=src, predicted=names[r.prediction], probability=p, true='' if r.label == r.prediction else names[r.label], file=r.image)
+    true = '' if r.label == r.prediction else names[r.label]
+    return dict(src=src, predicted=names[r.prediction], probability=p, true=true, file=r.image)
 
 def _gallery(rows, names, open_image, title='')->dict|None: # rows of the predictions
     "Return a gallery block; None when there is nothing to show"
@@ -143,13 +160,15 @@ def _gallery(rows, names, open_image, title='')->dict|None: # rows of the predic
 
 def _gallery_section(t, table, open_image, n:int=24)->dict: # predictions, `class_table`
     "Return the surest mistakes and hits, and mistakes of the weakest classes"
-    if open_image is None: return _section('Images', ['The test images were not at hand, so no image is shown; mistakes.csv names the surest mistakes.'])
+    if open_image is None:
+        return _section('Images', ['The test images were not at hand, so none is shown; mistakes.csv names the surest mistakes.'])
     t = t.assign(at=range(len(t)), wrong=t.label != t.prediction).sort_values('probability', ascending=False, kind='stable')
     names, wrong = list(table.name), t[t.wrong]
     hits = t[~t.wrong].drop_duplicates('label')
     weak = table[table.recall < 1].sort_values(['recall', 'train'], kind='stable').index[:6]
     by_class = [_gallery(wrong[wrong.label == c][:6], names, open_image, f'Mistakes of {names[c]}') for c in weak]
-    blocks = [_gallery(wrong[:n], names, open_image, 'Surest mistakes'), _gallery(hits[:n], names, open_image, 'Surest hits, one for each class'), *by_class]
+    sure, typical = 'Surest mistakes', 'Surest hits, one for each class'
+    blocks = [*(_gallery(rows[:n], names, open_image, title) for rows, title in ((wrong, sure), (hits, typical))), *by_class]
     gone = sum(x['src'] is None for b in blocks if b for x in b['tiles'])
     return _section('Images', [f'{gone} images could not be opened; they may have moved.' if gone else ''], *blocks)
 
@@ -157,11 +176,14 @@ def _gallery_section(t, table, open_image, n:int=24)->dict: # predictions, `clas
 def _next_section(table)->dict:
     "Return what to collect next, with the reasons"
     steps, trend = next_steps(table), size_trend(table)
-    about = ['“training images”: surely below the mean and smaller than the median class. “confusion”: surely below the mean although large: look at labels and look-alikes first. '
-        '“test images”: too few to know anything.']
-    if np.isfinite(trend): about.append(f'Over all classes, {trend:+.1f} points of recall go along with twice the training images. Different classes are compared, so it is a hint, not a promise.')
+    about = ['“training images”: surely below the mean and smaller than the median class. “confusion”: surely below the mean '
+        'although large: look at labels and look-alikes first. “test images”: too few to know anything.']
+    if np.isfinite(trend):
+        about.append(f'Over all classes, {trend:+.1f} points of recall go along with twice the training images. '
+            'Different classes are compared, so it is a hint, not a promise.')
     if not len(steps): return _section('What next', ['No class is surely below the mean, and all have enough test images.', *about[1:]])
-    return _section('What next', about, _table([('class', 'name', steps.name), ('collect or look at', 'text', steps.what), ('because', 'prose', steps.reason)], 'next.csv'))
+    columns = [('class', 'name', steps.name), ('collect or look at', 'text', steps.what), ('because', 'prose', steps.reason)]
+    return _section('What next', about, _table(columns, 'next.csv'))
 
 def _training_section(history)->dict|None: # table of epochs, or None
     "Return the curves of the training"
@@ -173,14 +195,15 @@ def _render(**page)->str: # title, lead, notes, sections
     "Return the page"
     env = jinja2.Environment(autoescape=True, trim_blocks=True)
     text = files('lift_nb.evaluation').joinpath('report.html').read_text(encoding='utf-8')
-    return env.from_string(text).render(**page, footer=f'lift_nb {__version__}; intervals hold with 95 % confidence over the test images')
+    footer = f'lift_nb {__version__}; intervals hold with 95 % confidence over the test images'
+    return env.from_string(text).render(**page, footer=footer)
 
 def _write_page(folder:Path, page:str, tables:dict)->Path: # folder, HTML, name → table; the page's path
     "Write the page and the tables beside it"
     folder.mkdir(parents=True, exist_ok=True)
+    options = dict(index=False, float_format='%.5g', encoding='utf-8', errors='surrogateescape', lineterminator='\n')
     for name, t in tables.items():
-        with _atomic_write(folder/f'{name}.csv') as part:
-            _harmless_cells(t).to_csv(part, index=False, float_format='%.5g', encoding='utf-8', errors='surrogateescape', lineterminator='\n')
+        with _atomic_write(folder/f'{name}.csv') as part: _harmless_cells(t).to_csv(part, **options)
     with _atomic_write(folder/'report.html') as part: part.write_text(page, encoding='utf-8', errors='replace')
     return folder/'report.html'
 
@@ -194,12 +217,13 @@ def _checked_table(predictions, counts, class_names)->tuple: # predictions, coun
 
 def _wrong_rows(t, names, n:int=1000)->pd.DataFrame: # checked predictions
     "Return the surest mistakes"
-    wrong, named = t[t.label != t.prediction].sort_values('probability', ascending=False, kind='stable')[:n], np.array(names, dtype=object)
-    return pd.DataFrame(dict(image=wrong.image, label_name=named[wrong.label], prediction_name=named[wrong.prediction], probability=wrong.probability))
+    named = np.array(names, dtype=object)
+    w = t[t.label != t.prediction].sort_values('probability', ascending=False, kind='stable')[:n]
+    return pd.DataFrame(dict(image=w.image, label_name=named[w.label], prediction_name=named[w.prediction], probability=w.probability))
 
 # %% ../../nbs/evaluation/07_report.ipynb #0cf0ba6c
 def write_report(folder, # where report.html and the tables go
-    predictions:pd.DataFrame, # of `prediction_table` or `read_predictions`: label, prediction, and image, probability where they are known
+    predictions:pd.DataFrame, # of `prediction_table`: label, prediction; image and probability where they are known
     counts, # (C,) training images of each class
     class_names=None, # C names; None: numbers
     title:str='Report', # of the page
@@ -212,15 +236,18 @@ def write_report(folder, # where report.html and the tables go
     "Write a report about one model; raises `LiftError` for predictions that do not fit the classes"
     t, n, names = _checked_table(predictions, counts, class_names)
     y, p, borders = t.label.to_numpy(), t.prediction.to_numpy(), dict(many=many, few=few)
-    table, pairs, flow = class_table(y, p, n, names, **borders), confusions(y, p, n, names, **borders), group_flow(y, p, n, **borders)
-    found, known = intervals(y == p, y, n, **borders), np.isfinite(t.probability.to_numpy(float))
+    table, pairs = (f(y, p, n, names, **borders) for f in (class_table, confusions))
+    flow, found = group_flow(y, p, n, **borders), intervals(y == p, y, n, **borders)
+    known = np.isfinite(t.probability.to_numpy(float))
     confidence, hits, groups = t.probability.to_numpy(float)[known], (y == p)[known], table.group.to_numpy()[y[known]]
-    lead = about or f'{len(n):,} classes, {n.sum():,} training images, {len(t):,} test images.'
     points = dict(kind='points', texts=_attention(table, pairs, flow, found, confidence, hits), title='What deserves attention')
-    sections = [_section('Scores', ['Accuracy with its interval over the test images.'], dict(kind='scores', rows=_score_rows(found)), points),
+    scores = dict(kind='scores', rows=_score_rows(found))
+    sections = [_section('Scores', ['Accuracy with its interval over the test images.'], scores, points),
         _section('Classes', ['A row for each class, the weakest first. Click a heading to sort.'], _class_rows(table)),
-        _section('Class size', [], _plot(plot_sizes(table), caption='Point at a class for its name.')), _confusion_section(table, pairs, flow),
-        _gallery_section(t, table, open_image), _reliability_section(confidence, hits, groups, int((~known).sum())), _training_section(history), _next_section(table)]
+        _section('Class size', [], _plot(plot_sizes(table), caption='Point at a class for its name.')),
+        _confusion_section(table, pairs, flow), _gallery_section(t, table, open_image),
+        _reliability_section(confidence, hits, groups, int((~known).sum())), _training_section(history), _next_section(table)]
+    lead = about or f'{len(n):,} classes, {n.sum():,} training images, {len(t):,} test images.'
     page = _render(title=title, lead=lead, notes=[x for x in notes if x], sections=[s for s in sections if s])
-    scores = found.rename_axis('score').reset_index()
-    return _write_page(Path(folder), page, dict(classes=table.reset_index(), confusions=pairs, groups=scores, next=next_steps(table), mistakes=_wrong_rows(t, names)))
+    return _write_page(Path(folder), page, dict(classes=table.reset_index(), confusions=pairs, next=next_steps(table),
+        groups=found.rename_axis('score').reset_index(), mistakes=_wrong_rows(t, names)))

@@ -69,8 +69,8 @@ def _label_extremes(ax, t): # rows of `class_table` that were tested
     "Write the names of each group's weakest class and of the strongest small one beside their points"
     weakest = t.sort_values(['recall', 'train'], ascending=[True, False], kind='stable').drop_duplicates('group').index
     strongest = t[t.train <= t.train.median()].sort_values('recall', ascending=False, kind='stable').index[:1]
-    for i in {*weakest, *strongest}:
-        ax.annotate(f'{t.name[i]:.22}', (t.train[i], 100*t.recall[i]), xytext=(5, -3), textcoords='offset points', fontsize=7.5, parse_math=False)
+    style = dict(xytext=(5, -3), textcoords='offset points', fontsize=7.5, parse_math=False)
+    for i in sorted({*weakest, *strongest}): ax.annotate(f'{t.name[i]:.22}', (t.train[i], 100*t.recall[i]), **style)
 
 def plot_sizes(table:pd.DataFrame, # of `class_table`
 )->str: # SVG
@@ -104,7 +104,8 @@ def plot_confusion(table:pd.DataFrame, # of `class_table`
         fig, ax = _figure(side := min(7.6, 3.4 + .13*C), side)
         ax.imshow(m, cmap=LinearSegmentedColormap.from_list('page', [(0, .447, .698, 0), (0, .447, .698, 1)]), vmin=0, vmax=1)
         size = 8 if C <= 25 else 6.5
-        ax.set_xticks(range(C), names, rotation=90, fontsize=size, parse_math=False); ax.set_yticks(range(C), names, fontsize=size, parse_math=False)
+        ax.set_xticks(range(C), names, rotation=90, fontsize=size, parse_math=False)
+        ax.set_yticks(range(C), names, fontsize=size, parse_math=False)
         ax.tick_params(length=0); ax.set(xlabel='predicted', ylabel='true')
         if C <= 15:
             for i, j in zip(*np.nonzero(m)):
@@ -115,16 +116,16 @@ def plot_confusion(table:pd.DataFrame, # of `class_table`
 def plot_history(history:pd.DataFrame, # a row for each epoch: losses, metrics, lr
 )->str: # SVG
     "Return losses, accuracies and learning rate over the epochs"
-    groups = dict(loss=[c for c in history if c.endswith('loss')], accuracy=[c for c in history if c in ('overall', 'mean_class', 'many', 'medium', 'few')],
-        **{'learning rate': [c for c in history if c == 'lr']})
-    groups = {k: [c for c in cs if history[c].notna().any()] for k, cs in groups.items()}
-    groups = {k: cs for k, cs in groups.items() if cs}
-    colors, at = dict(train_loss='#0072b2', valid_loss='#d55e00', overall=_INK, mean_class='#cc79a7', lr=_INK, **_group_colors), range(1, len(history) + 1)
+    names = {'loss': ('train_loss', 'valid_loss'), 'accuracy': ('overall', 'mean_class', 'many', 'medium', 'few'), 'learning rate': ('lr',)}
+    groups = {k: [c for c in cs if c in history and history[c].notna().any()] for k, cs in names.items()}
+    groups, at = {k: cs for k, cs in groups.items() if cs}, range(1, len(history) + 1)
+    colors = dict(train_loss='#0072b2', valid_loss='#d55e00', overall=_INK, mean_class='#cc79a7', lr=_INK, **_group_colors)
     with plt.rc_context(_STYLE):
         fig, axes = _figure(7.6, 2.5, max(1, len(groups)), squeeze=False)
         for ax, (what, cs) in zip(axes[0], groups.items()):
             for c in cs: ax.plot(at, history[c], 'o-', ms=3, lw=1.3, color=colors.get(c, '#b3b3b3'), label=c.replace('_', ' '))
-            ax.set_title(what); ax.set_xlabel('epoch'); ax.xaxis.get_major_locator().set_params(integer=True); ax.grid(axis='y', alpha=.15)
+            ax.set_title(what); ax.set_xlabel('epoch'); ax.grid(axis='y', alpha=.15)
+            ax.xaxis.get_major_locator().set_params(integer=True)
             if len(cs) > 1: ax.legend(fontsize=7)
     return _svg(fig, 'history')
 
@@ -135,7 +136,8 @@ def plot_group_reliability(confidence, hits, groups)->str: # (N,) probability of
     with plt.rc_context(_STYLE):
         fig, ax = _figure(4.2, 4)
         if len(g):
-            plot_reliability({n: reliability(c[g == n], h[g == n], max(1, min(10, (g == n).sum()//20))) for n in order if (g == n).any()}, ax)
+            found = {n: (c[g == n], h[g == n]) for n in order if (g == n).any()}
+            plot_reliability({n: reliability(*v, max(1, min(10, len(v[0])//20))) for n, v in found.items()}, ax)
     return _svg(fig, 'reliability')
 
 def plot_differences(table:pd.DataFrame, # name, train, group, difference (share)
