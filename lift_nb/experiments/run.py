@@ -21,12 +21,11 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 
 from ..core.errors import LiftError
-from ..core.screen import _Screen, _printable
+from ..core.screen import _Screen, _printable, _printable_lines
 from ..core.processes import (init_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
 from ..core.files import _as_json, _read_tensors, _write_json
 from ..core.locks import _LOCK, _locked
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
-from ..data.images import _printable
 from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
@@ -91,7 +90,7 @@ class _Log:
     def __call__(self, text, # for the file
         shown=None, # what a screen does instead of showing the text: a function of the screen
     ):
-        text = _printable(text)
+        text = _printable_lines(text)
         try:
             with self.path.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(text + '\n')
         except OSError as e: # a full disk, or a folder that went away, must not end a training
