@@ -221,6 +221,7 @@ def _prior(text): # name, numbers, or table of classes and numbers
 _DECISIONS = dict(prior=_prior, train_prior=_prior, coverage=_number, # options of `Predictor.predict`
     min_confidence=_number, min_precision=_number)
 
+# %% ../nbs/02_cli.ipynb #c0f1a2b4
 def _predict(words, top=None, tte=None, expand=None, skip_corrupt=None, out=None, checkpoint=None, device=None,
     **decisions):
     """Print, or write as csv, what a trained model predicts.
