@@ -103,7 +103,9 @@ class _EpochLog(Callback):
     def after_epoch(self):
         epoch, *values, seconds = self.recorder.log
         row = {n: float(v) for n, v in zip(self.recorder.metric_names[1:], values) if isinstance(v, (int, float))}
-        self.say(f'epoch {epoch+1}/{self.n_epoch}  ' + '  '.join(f'{n} {v:.4g}' for n, v in row.items()) + f'  time {seconds}')
+        part = self.learn.data.epoch_set
+        words = [f'{f"{part}: " if n == "valid_loss" else ""}{n} {v:.4g}' for n, v in row.items()]
+        self.say('  '.join([f'epoch {epoch+1}/{self.n_epoch}', *words, f'time {seconds}']))
         for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
         self.writer.flush()
     def after_fit(self): self.writer.close()
@@ -159,10 +161,10 @@ def _load_previous(learn:Learner, # of the same recipe
                                                "train first, or name the run's folder with model_dir")
 
 def _result_record(learn, r, s, phases)->dict: # what goes into result.json
-    "Recipe, circumstances and scores of a run"
+    "Recipe, circumstances, sizes of the parts and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
     return dict(recipe=r.settings(), seed=r.seed, versions=_package_versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(),
-        **scores,
+        n_images={part: len(y) for part, (_, y) in learn.data.parts.items()}, **scores,
         seconds=phases.seconds, trained_parameters=n_trainable(learn.model), weights=learn.backbone.weights,
         device=str(learn.dls.device), processes=_world_size(), peak_memory=_peak_memory(learn.dls.device))
 
@@ -238,6 +240,11 @@ def _run_settings(settings:dict, # of recipe and run, by name
     if s.resume and s.test_only: raise LiftError('resume goes on with a training, test_only starts none; give one of them')
     return {k: v for k, v in known.items() if k not in own}, s
 
+def _check_validate(settings:dict, data): # as given; `LongTailData`
+    "Raise `LiftError` when an evaluation after each epoch is asked for and there is nothing to evaluate"
+    if settings.get('validate') and data.epoch_set is None:
+        raise LiftError('Setting validate has no effect here: it belongs to data with a validation set (valid_pct draws one) and to benchmarks')
+
 def run(output_dir=None, # folder of the run; None: output/<name of the run>
     echo=print, # where lines of the log also go
     **settings, # of `Recipe` and `RunSettings`, by name
@@ -250,6 +257,7 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
     with _peer_failures_as_errors(), _locked_folder(output_dir or Path('output')/run_name(**given), echo) as folder:
         with phases('build'):
             inputs = _inputs(r, say=echo)
+            _check_validate(settings, inputs[0])
             identity = _identity(r, *inputs)
             if s.resume and (result := run_on_main(_finished_result, folder, r, identity, echo)): return result
             learn = _build(r, inputs, say=echo)
@@ -261,8 +269,8 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
             _log_estimate(learn, log)
             _train(learn, r, log, folder, phases, _log_callbacks(log, folder, s.print_freq, s.validate), minutes=s.save_minutes, steps=s.save_steps)
         found, predictions = _test(learn, r, phases)
-        log(f'{_summary(found)}\npeak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB')
-        result = dict(_result_record(learn, r, found, phases), fingerprint=identity)
+        log(f'test: {_summary(found)}\npeak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB')
+        result = dict(_result_record(learn, r, found, phases), epoch_set=learn.data.epoch_set if s.validate else None, fingerprint=identity)
         return run_on_main(_finish, folder, learn, result, found, predictions, 'test_only' if s.test_only else 'result', log)
 
 def _log_start(learn, log):
