@@ -175,14 +175,18 @@ def _oddities(parts:dict, # 'training', perhaps 'validation', 'test' → class �
         *(_copies_between(parts, looks, root) if looks else [])]
 
 # %% ../../nbs/data/04_folders.ipynb #e8e6739f
-def _flat_folder(found:dict, # class → paths
+def _flat_folder(found:dict|None, # class → paths
     classes, # their order
-): # N paths, (N,) labels
+): # N paths, (N,) labels; None and None for no dictionary
     "Paths and labels"
+    if found is None: return None, None
     parts = [found.get(c, []) for c in classes]
     return [f for fs in parts for f in fs], np.repeat(np.arange(len(parts)), [len(fs) for fs in parts])
 
-def _check_split(test_pct, valid_pct, fold, n_folds, own:bool, own_valid:bool): # do the images come with a test or validation set?
+def _check_split(test_pct, valid_pct, fold, n_folds, # see `_assemble_data`
+    own:bool, # do the images come with a test set?
+    own_valid:bool, # do they come with a validation set?
+):
     "Raise `LiftError` for shares and folds that cannot be"
     for name, pct in dict(test_pct=test_pct, valid_pct=valid_pct).items():
         if pct is not None and not 0 < pct < 1: raise LiftError(f'{name} must lie between 0 and 1, not {pct}')
@@ -198,12 +202,13 @@ def _draw(train:dict, # class → paths
     part:str, # 'test' or 'validation'
     pct:float, # part of the images
     root, seed, fold=None, n_folds=5, # see `_assemble_data`
+    notes=(), # that come first
 ): # class → training paths, class → paths that are held out, list of notes
     "Draw a test or validation set from the training images; raises `LiftError` when that leaves it empty"
-    if groups: train, held, notes = *_split_groups(train, groups, pct, seed, fold, n_folds), []
-    else: train, held, notes = _return_copies(*_split_classes(train, pct, seed, root, fold, n_folds), looks, part)
+    if groups: train, held, more = *_split_groups(train, groups, pct, seed, fold, n_folds), []
+    else: train, held, more = _return_copies(*_split_classes(train, pct, seed, root, fold, n_folds), looks, part)
     if part == 'validation' and not any(held.values()): raise LiftError('There are too few training images for a validation set; leave out valid_pct')
-    return train, held, notes
+    return train, held, [*notes, *more]
 
 def _shared_groups(parts:dict, groups:dict|None)->list: # parts as in `_oddities`
     "Notes on groups that lie on both sides of a split that the data brought along"
@@ -222,7 +227,7 @@ def _assemble_data(train:dict, # class → paths of its training images
     valid:dict|None=None, # class → paths of its validation images, if the images come with some
     class_names=None, # names for the prompts: a mapping, a list, or a file (see `_name_classes`)
     test_pct:float=0.2, # part of each class that is held out when there is no test set
-    valid_pct:float|None=None, # part of each class's training images that becomes a validation set; None: only one that the images bring along
+    valid_pct:float|None=None, # part of each class's training images that becomes the validation set
     seed:int=0, # of these splits
     fold:int|None=None, # number of the fold that is tested, instead of `test_pct`
     n_folds:int=5, # into which the images are cut for `fold`
@@ -234,18 +239,15 @@ def _assemble_data(train:dict, # class → paths of its training images
     "Files, checked, split and named"
     _check_split(test_pct, valid_pct, fold, n_folds, test is not None, valid is not None)
     files = list(dict.fromkeys(f for part in (train, valid or {}, test or {}) for fs in part.values() for f in fs))
-    looks, unread = _check_images(files, root, skip_corrupt, max_value) if check or skip_corrupt else ({}, [])
-    if unread: train, valid, test = (part and {c: [f for f in fs if f in looks] for c, fs in part.items()} for part in (train, valid, test))
-    drawn = []
-    if test is None: train, test, drawn = _draw(train, looks, groups, 'test', test_pct, root, seed, fold, n_folds)
-    if valid_pct is not None:
-        train, valid, more = _draw(train, looks, groups, 'validation', valid_pct, root, seed)
-        drawn = [*drawn, *more]
+    looks, more = _check_images(files, root, skip_corrupt, max_value) if check or skip_corrupt else ({}, [])
+    if more: train, valid, test = (part and {c: [f for f in fs if f in looks] for c, fs in part.items()} for part in (train, valid, test))
+    if test is None: train, test, more = _draw(train, looks, groups, 'test', test_pct, root, seed, fold, n_folds, more)
+    if valid_pct is not None: train, valid, more = _draw(train, looks, groups, 'validation', valid_pct, root, seed, notes=more)
     parts = {k: v for k, v in dict(training=train, validation=valid, test=test).items() if v is not None}
     names, said = _name_classes(_trained_classes(parts), classes if class_names is None else class_names)
-    held = zip(('valid_images', 'valid_labels'), _flat_folder(valid, names)) if valid is not None else ()
-    data = LongTailData(name, tuple(names.values()), *_flat_folder(train, names), *_flat_folder(test, names), max_value=max_value, **dict(held))
-    return replace(data, notes=(*notes, *said, *unread, *drawn, *_shared_groups(parts, groups), *_oddities(parts, names, looks, root)))
+    said = *notes, *said, *more, *_shared_groups(parts, groups), *_oddities(parts, names, looks, root)
+    train, test, held = (_flat_folder(part, names) for part in (train, test, valid))
+    return LongTailData(name, tuple(names.values()), *train, *test, said, max_value, *held)
 
 # %% ../../nbs/data/04_folders.ipynb #c6fe3f57
 _image_suffixes = set('''.jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .tif .tiff .webp .avif .jp2 .j2k
@@ -366,12 +368,13 @@ def _folds_of(path:Path, dirs, # folders called fold_0, fold_1, …
         raise LiftError(f"The folders in '{_printable(path)}' are the folds {_examples(sorted(by_number), 20)} "
             'of a cross-validation: name the one to be tested with fold')
     test = by_number.pop(fold)
-    return list(by_number.values()), test, None, _notes_about(f"Test images from '{test.name}', training images from", sorted(d.name for d in by_number.values()))
+    others = sorted(d.name for d in by_number.values())
+    return list(by_number.values()), test, None, _notes_about(f"Test images from '{test.name}', training images from", others)
 
 def _chosen_parts(train:Path, # folder of the training classes
     parts:dict, # folder with folders → 'test' or 'valid'
 ): # test folder and validation folder, each None when there is none
-    "The test folder, else the validation folder, and that beside a test folder; one that shares no class counts when it is the only one"
+    "The test folder, else the validation folder; a validation folder beside a test folder. One without a class of training counts when alone"
     known = {_clean_name(d.name) for d in _subfolders(train)}
     ranked = sorted(parts, key=lambda d: (parts[d], d.name))
     shares = [d for d in ranked if known & {_clean_name(s.name) for s in _subfolders(d)}]
