@@ -63,6 +63,13 @@ def test_groups_stay_in_one_part(sizes, per_group, seed, test_pct, valid_pct):
         return
     sides = [{groups[f] for f in files} for files in parts_of(data).values()]
     assert sum(map(len, sides)) == len(set.union(*sides)) == len(set(groups.values())) and data.counts.min() >= 1
+    for c, fs in found.items():
+        n = sum(f in fs for f in data.test_images)
+        assert n or len({groups[f] for f in fs}) == 1, 'a class with two groups is tested'
+        assert abs(n - max(1, round(test_pct*len(fs)))) < per_group or n + per_group >= len(fs), 'as many as asked for, as far as groups allow'
+    new = {f'r/c0/new {i}.png': 'new' for i in range(per_group)}
+    grown = split({**found, 'c0': found['c0'] + list(new)}, groups=groups | new, seed=seed, test_pct=test_pct, valid_pct=valid_pct)
+    for part, files in parts_of(grown).items(): assert [f for f in files if '/c0/' not in f] == [f for f in parts_of(data)[part] if '/c0/' not in f]
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):

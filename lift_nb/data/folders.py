@@ -82,6 +82,28 @@ def _split_classes(found:dict, # class → paths
     return train, test
 
 # %% ../../nbs/data/04_folders.ipynb #3a94da4d
+def _share_of_groups(found:dict, # class → paths
+    groups:dict, # path → group
+    pct:float, # part of each class that is held out
+    seed:int, # of the drawing
+)->set: # of groups
+    "Groups to hold out, drawn class by class, the rarest first; every class keeps one to train"
+    sizes = {c: Counter(groups[f] for f in fs) for c, fs in found.items() if fs}
+    classes_of, left, held = defaultdict(list), {c: len(of) for c, of in sizes.items()}, set()
+    for c, of in sizes.items():
+        for g in of: classes_of[g].append(c)
+    for c in sorted(sizes, key=lambda c: (len(found[c]), c)):
+        of, order = sizes[c], _drawn(sizes[c], seed)
+        wanted, n = max(1, round(pct*len(found[c]))), sum(k for g, k in of.items() if g in held)
+        for i, g in enumerate([*order, min(order, key=of.get)]): # the smallest again, for a class that has none yet
+            closer = abs(n + of[g] - wanted) < wanted - n or i == len(order) and not n
+            if g in held or not closer or any(left[k] < 2 for k in classes_of[g]): continue
+            held.add(g)
+            n += of[g]
+            for k in classes_of[g]: left[k] -= 1
+    return held
+
+# %% ../../nbs/data/04_folders.ipynb #7b1e4c03
 def _group_folds(labels:np.ndarray, # (N,) class of each image
     groups:np.ndarray, # (N,) group of each image
     n:int, # folds
@@ -95,6 +117,7 @@ def _group_folds(labels:np.ndarray, # (N,) class of each image
         for k, (_, i) in enumerate(cut.split(labels, labels, groups)): folds[i] = k
     return folds
 
+# %% ../../nbs/data/04_folders.ipynb #7b1e4c04
 def _split_groups(found:dict, # class → paths
     groups:dict, # path → group
     pct:float, # part that is held out
@@ -105,12 +128,11 @@ def _split_groups(found:dict, # class → paths
     "Two dictionaries like `found`: training images and those held out, no group in both"
     files, labels = _flat_folder(found, found)
     keys, largest = np.array([groups[f] for f in files], dtype=object), max(map(len, found.values()))
-    n, most = (20 if fold is None else n_folds), min(len(set(keys)), largest)
-    if most < 2 or fold is not None and n > most:
-        raise LiftError(f'{len(set(keys))} groups, and {largest} images in the largest class, are too few for {n if fold is not None else 2} parts')
-    n = min(n, most)
-    folds = _group_folds(labels, np.unique(keys.astype(str), return_inverse=True)[1], n, seed)
-    tested = set(keys[folds == fold if fold is not None else folds < min(n-1, max(1, round(pct*n)))])
+    n = 2 if fold is None else n_folds
+    if min(len(set(keys)), largest) < n:
+        raise LiftError(f'{len(set(keys))} groups, and {largest} images in the largest class, are too few for {n} parts')
+    if fold is None: tested = _share_of_groups(found, groups, pct, seed)
+    else: tested = set(keys[_group_folds(labels, np.unique(keys.astype(str), return_inverse=True)[1], n, seed) == fold])
     for fs in found.values(): # a class trains on one group at least
         if fs and all(groups[f] in tested for f in fs): tested.discard(groups[fs[0]])
     parts = [{c: [f for f in fs if (groups[f] in tested) == t] for c, fs in found.items()} for t in (False, True)]
