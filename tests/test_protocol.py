@@ -134,7 +134,8 @@ def test_without_a_validation_set_only_the_loss_is_told(folder, tmp_path):
 def test_benchmarks_are_tested_after_each_epoch_as_before(tmp_path):
     said = []
     result = run(tmp_path/'run', echo=said.append, data='digits_lt', epochs=1, **QUICK)
-    assert 'test: valid_loss' in next(l for l in said if l.startswith('epoch ')) and result['epoch_set'] == 'test'
+    line = next(l for l in said if l.startswith('epoch '))
+    assert '  valid_loss ' in line and 'validation' not in line and result['epoch_set'] == 'test'
     with pytest.raises(LiftError, match='valid_pct has no effect here'): lift_plus_learner('digits_lt', valid_pct=.1)
 
 def test_what_is_chosen_by_looking_needs_a_validation_set(folder, tmp_path):

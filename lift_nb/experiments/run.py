@@ -121,7 +121,8 @@ class _EpochLog(Callback):
     def after_epoch(self):
         epoch, *values, seconds = self.recorder.log
         row = {n: float(v) for n, v in zip(self.recorder.metric_names[1:], values) if isinstance(v, (int, float)) and v == v}
-        words = [f'{f"{self.learn.data.epoch_set}: " if n == "valid_loss" else ""}{n} {v:.4g}' for n, v in row.items()]
+        start = 'validation: ' if self.learn.data.epoch_set == 'validation' else ''
+        words = [f'{start if n == "valid_loss" else ""}{n} {v:.4g}' for n, v in row.items()]
         self.say('  '.join([f'epoch {epoch+1}/{self.n_epoch}', *words, f'time {seconds}']), lambda screen: self.show(screen, row, seconds))
         with suppress(OSError): # curves are not worth a training
             for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
