@@ -164,7 +164,7 @@ def _main_job():
 
 # %% ../nbs/02_cli.ipynb #b194dbad
 _DATA_SETTINGS = ('root', 'lists', 'split', 'path_col', 'label_col', 'split_col', 'group_col', 'group_by', 'class_names', 'test_pct',
-    'fold', 'n_folds', 'max_value', 'skip_corrupt', 'many', 'few')
+    'valid_pct', 'fold', 'n_folds', 'max_value', 'skip_corrupt', 'many', 'few')
 
 def _data(words, **texts):
     """Show what is in a folder, a table or a named data set, and what is wrong with it.
