@@ -178,7 +178,7 @@ def benchmark(row, # a name of `BENCHMARKS`, or a `Benchmark`
     if sample: _usable_root(root, row.images)
     names, parts = row.named({s: _checked_list(row, s, lists) for s in ('train', split)}, row, lists)
     (train, y), (test, test_y) = [(_find_images(root, p, row.images, row.layouts, sample), y) for p, y in parts.values()]
-    return LongTailData(name if split == row.test else f'{name}_{split}', names, train, y, test, test_y)
+    return LongTailData(name if split == row.test else f'{name}_{split}', names, train, y, test, test_y, benchmark=True)
 
 # %% ../../nbs/data/06_benchmarks.ipynb #0fcf56aa
 def from_lists(root, # folder of the images
@@ -218,7 +218,8 @@ def cifar100_lt(train_images, train_labels, test_images, test_labels, class_name
     "The long-tailed version of CIFAR-100 from arrays that are at hand"
     keep = long_tail_subset(train_labels, long_tail_counts(500, 100, 1/ratio), seed) if ratio > 1 else slice(None)
     name = 'cifar100' + (f'_ir{ratio}' if ratio > 1 else '')
-    return from_arrays(train_images[keep], np.asarray(train_labels)[keep], test_images, test_labels, class_names, name)
+    data = from_arrays(train_images[keep], np.asarray(train_labels)[keep], test_images, test_labels, class_names, name)
+    return replace(data, benchmark=True)
 
 # %% ../../nbs/data/06_benchmarks.ipynb #8ef13e87
 def _known_options(f, # that reads the data

@@ -66,7 +66,7 @@ def _as_labels(labels, # (N,) integers, or (N, C) zeros and ones with a single o
 
 def _check_labels(labels, # (N,) labels
     n_classes:int, # C
-    where:str, # 'training' or 'test'
+    where:str, # 'training', 'validation' or 'test'
     images, # as many images as labels
 ):
     "Raise `LiftError` unless there are as many images as labels and all labels are integers in `0 … C-1`"
@@ -80,7 +80,7 @@ def _check_labels(labels, # (N,) labels
 # %% ../../nbs/data/01_dataset.ipynb #139d31f7
 @dataclass(frozen=True, eq=False)
 class LongTailData:
-    "Training and test images with labels, and the names of the classes in label order"
+    "Training, test and perhaps validation images with labels, and the names of the classes in label order"
     name: str # appears in reports and folder names
     class_names: tuple # C class names, as they go into the prompts
     train_images: object # (N, H, W[, 3]) uint8 array or list of N paths
@@ -89,10 +89,13 @@ class LongTailData:
     test_labels: np.ndarray # (M,)
     notes: tuple = () # sentences about what was found, decided or left out when the images were read
     max_value: float|None = None # value of white in images of more than 8 bits; None: that of 16 bits
+    valid_images: object = None # the validation set, for everything that is chosen by looking; None: there is none
+    valid_labels: np.ndarray|None = None # (V,)
+    benchmark: bool = False # a published one, whose test set is shown after every epoch as in the programs of its papers?
     def __post_init__(self):
         object.__setattr__(self, 'class_names', tuple(map(str, self.class_names)))
-        _check_labels(self.train_labels, self.n_classes, 'training', self.train_images)
-        _check_labels(self.test_labels, self.n_classes, 'test', self.test_images)
+        if (self.valid_images is None) != (self.valid_labels is None): raise LiftError('Give both valid_images and valid_labels, or neither')
+        for part, (images, labels) in self.parts.items(): _check_labels(labels, self.n_classes, part, images)
         empty = [self.class_names[i] for i in np.where(self.counts == 0)[0]]
         if empty: raise LiftError(f'{len(empty)} classes have no training image: {empty[:5]}')
     @property
@@ -103,11 +106,20 @@ class LongTailData:
     def counts(self): return class_counts(self.train_labels, self.n_classes)
     @property
     def vocab(self): return _unique_names(self.class_names)
+    @property
+    def parts(self)->dict: # 'training', 'validation' if there is one, 'test' → images, labels
+        parts = dict(training=(self.train_images, self.train_labels), validation=(self.valid_images, self.valid_labels),
+            test=(self.test_images, self.test_labels))
+        return {k: v for k, v in parts.items() if v[0] is not None}
+    @property
+    def epoch_set(self)->str|None: # name of the part that is evaluated after each epoch
+        return 'validation' if self.valid_images is not None else 'test' if self.benchmark else None
     def summary(self, many:int=100, few:int=20)->str:
         "What there is, with many-, medium- and few-shot classes by these thresholds, and the notes"
         groups = ', '.join(f'{m.sum()} {g}' for g, m in shot_groups(self.counts, many, few).items())
+        held = ', '.join(f'{len(y):,} {part} images' for part, (_, y) in self.parts.items() if part != 'training')
         return '\n'.join([f'{self.name}: {self.n_classes} classes ({groups}), {len(self.train_labels):,} training images '
-            f'({self.counts.max()} … {self.counts.min()} a class), {len(self.test_labels):,} test images',
+            f'({self.counts.max()} … {self.counts.min()} a class), {held}',
             *(f'- {n}' for n in self.notes)])
     def __repr__(self): return self.summary()
 
@@ -155,12 +167,15 @@ def from_arrays(train_images, # (N, H, W[, 1, 3 or 4]) array or tensor, or a lis
     name:str='arrays', # for reports and folders
     max_value:float|None=None, # value of white in numbers wider than 8 bits; None: 65535 for uint16
     classes=None, # the name of `class_names` in earlier versions
+    valid_images=None, # (V, H, W[, 1, 3 or 4]), or a list; None: no validation set
+    valid_labels=None, # (V,) or (V, C)
 )->LongTailData:
     "A data set from images in memory"
     names = classes if class_names is None else class_names
     if names is None: raise LiftError('class_names are needed: a name for each label')
-    train, test = (_checked_images(x, max_value) for x in (train_images, test_images))
-    return LongTailData(name, names, train, _as_labels(train_labels), test, _as_labels(test_labels), max_value=max_value)
+    train, test, valid = (None if x is None else _checked_images(x, max_value) for x in (train_images, test_images, valid_images))
+    valid_labels = None if valid_labels is None else _as_labels(valid_labels)
+    return LongTailData(name, names, train, _as_labels(train_labels), test, _as_labels(test_labels), (), max_value, valid, valid_labels)
 
 # %% ../../nbs/data/01_dataset.ipynb #5c4eb266
 _digit_names = 'zero one two three four five six seven eight nine'.split()
@@ -184,7 +199,7 @@ def digits_lt(root=None, # not used: the digits are part of scikit-learn
     test = long_tail_subset(d.target, [n_test]*10, seed)
     rest = np.setdiff1d(np.arange(len(images)), test)
     train = rest[long_tail_subset(d.target[rest], long_tail_counts(n_max, 10, factor), seed)]
-    return LongTailData('digits_lt', _digit_names, images[train], d.target[train], images[test], d.target[test])
+    return LongTailData('digits_lt', _digit_names, images[train], d.target[train], images[test], d.target[test], benchmark=True)
 
 # %% ../../nbs/data/01_dataset.ipynb #b7e7a178
 _COLORS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C8C8C' # told apart by colour-blind readers (Okabe & Ito, 2008)

@@ -96,7 +96,7 @@ def _doubtful_folders(path, parts, others):
 # %% ../../nbs/data/04_folders.ipynb #fd9f2448
 def _folds_of(path:Path, dirs, # folders called fold_0, fold_1, …
     fold:int|None, # that is tested
-): # training folders, test folder, list of notes
+): # training folders, test folder, no validation folder, list of notes
     "The parts of a cross-validation"
     dirs = {n: d for d in dirs for n in re.findall(r'\d+', d.name)[-1:]}
     by_number = {int(n): d for n, d in dirs.items()}
@@ -104,21 +104,23 @@ def _folds_of(path:Path, dirs, # folders called fold_0, fold_1, …
         raise LiftError(f"The folders in '{_printable(path)}' are the folds {_examples(sorted(by_number), 20)} "
             'of a cross-validation: name the one to be tested with fold')
     test = by_number.pop(fold)
-    return list(by_number.values()), test, _notes_about(f"Test images from '{test.name}', training images from", sorted(d.name for d in by_number.values()))
+    others = sorted(d.name for d in by_number.values())
+    return list(by_number.values()), test, None, _notes_about(f"Test images from '{test.name}', training images from", others)
 
-def _chosen_test(train:Path, # folder of the training classes
+def _chosen_parts(train:Path, # folder of the training classes
     parts:dict, # folder with folders → 'test' or 'valid'
-)->Path|None:
-    "The test folder, else the validation folder; one that shares no class with training counts when it is the only one"
+): # test folder and validation folder, each None when there is none
+    "The test folder, else the validation folder; a validation folder beside a test folder. One without a class of training counts when alone"
     known = {_clean_name(d.name) for d in _subfolders(train)}
     ranked = sorted(parts, key=lambda d: (parts[d], d.name))
     shares = [d for d in ranked if known & {_clean_name(s.name) for s in _subfolders(d)}]
-    return next(iter(shares or [d for d in ranked if len(_subfolders(d)) > 1]), None)
+    test = next(iter(shares or [d for d in ranked if len(_subfolders(d)) > 1]), None)
+    return test, next((d for d in shares if parts[d] == 'valid' and parts[test] == 'test'), None)
 
 def _split_folders(path:Path, # of the user
     fold:int|None=None, # that is tested, of folders of folds
-): # training folders, test folder or None, list of notes
-    "Where the training and test classes lie; the folder itself when it holds classes"
+): # training folders, test folder or None, validation folder or None, list of notes
+    "Where the classes of each part lie; the folder itself when it holds classes"
     dirs = _subfolders(path)
     if len(dirs) > 1 and all(_FOLD.fullmatch(d.name) for d in dirs): return _folds_of(path, dirs, fold)
     named = _parts_of_split(dirs)
@@ -130,12 +132,13 @@ def _split_folders(path:Path, # of the user
     if not parts and not others and {'train'} < set(named.values()):
         raise LiftError(f"The parts {sorted(d.name for d in named)} of '{_printable(path)}' hold no class folders; "
             'give each class a folder, or pass a table of paths and labels')
-    if not parts: return [path], None, []
-    test = _chosen_test(trains[0], {d: s for d, s in parts.items() if s != 'train'}) if len(trains) == 1 else None
+    if not parts: return [path], None, None, []
+    test, valid = _chosen_parts(trains[0], {d: s for d, s in parts.items() if s != 'train'}) if len(trains) == 1 else (None, None)
     if len(trains) != 1 or others and test is None: _doubtful_folders(path, parts, others or dirs)
     tested = f"from '{_printable(test.name)}'" if test else 'drawn from them'
-    return trains, test, [f"Training images from '{_printable(trains[0].name)}', test images {tested}",
-        *_notes_about('Folders that were not used', sorted(d.name for d in dirs if d not in (*trains, test)))]
+    validated = f", validation images from '{_printable(valid.name)}'" if valid else ''
+    return trains, test, valid, [f"Training images from '{_printable(trains[0].name)}'{validated}, test images {tested}",
+        *_notes_about('Folders that were not used', sorted(d.name for d in dirs if d not in (*trains, test, valid)))]
 
 # %% ../../nbs/data/04_folders.ipynb #b0fd53ef
 def _folder_groups(found, # class → paths, in several dictionaries
@@ -154,8 +157,8 @@ def _folder_groups(found, # class → paths, in several dictionaries
     if lost: raise LiftError(f'group_by {group_by!r} finds nothing in {len(lost)} of {len(files)} paths, such as {_printable(os.path.basename(lost[0]))!r}')
     return groups
 
-@delegates(_assemble_data, but=['notes', 'groups'])
-def from_folder(path, # `train/` and `test/` with class folders, or the class folders themselves
+@delegates(_assemble_data, but=['notes', 'groups', 'valid'])
+def from_folder(path, # `train/`, `test/` and perhaps `val/` with class folders, or the class folders themselves
     name:str|None=None, # for reports; the folder's name when not given
     group_by:str|None=None, # images that stay on one side of the split: 'folder' (in a class folder), or a regular expression that finds the group in the path
     **kwargs, # see `_assemble_data`
@@ -164,14 +167,14 @@ def from_folder(path, # `train/` and `test/` with class folders, or the class fo
     path = Path(os.path.expanduser(path))
     if not os.path.isdir(path):
         raise LiftError(f"'{_printable(path)}' is a file, not a folder" if os.path.exists(path) else f"There is no folder '{_printable(path)}'")
-    train_dirs, test_dir, notes = _split_folders(path, kwargs.get('fold'))
+    train_dirs, test_dir, valid_dir, notes = _split_folders(path, kwargs.get('fold'))
     if len(train_dirs) > 1: kwargs['fold'] = None # the folders are the folds
     read = [_class_folders(d) for d in train_dirs]
     train = {c: [f for part, _ in read for f in part.get(c, [])] for c in dict.fromkeys(c for part, _ in read for c in part)}
-    test, rest = _class_folders(test_dir) if test_dir else (None, [])
-    groups = _folder_groups([train, test], group_by, [*train_dirs, *filter(None, [test_dir])]) if group_by else None
-    notes = [*notes, *dict.fromkeys(n for _, more in read for n in more), *rest]
-    return _assemble_data(train, test, name or path.resolve().name, path, notes, groups, **kwargs)
+    (test, rest), (valid, others) = (_class_folders(d) if d else (None, []) for d in (test_dir, valid_dir))
+    groups = _folder_groups([train, valid, test], group_by, [*train_dirs, *filter(None, [test_dir, valid_dir])]) if group_by else None
+    notes = [*notes, *dict.fromkeys(n for _, more in read for n in more), *rest, *others]
+    return _assemble_data(train, test, name or path.resolve().name, path, notes, groups, valid, **kwargs)
 
 # %% ../../nbs/data/04_folders.ipynb #a590cc63
 def _pick(images, # array or list

@@ -27,7 +27,7 @@ from .benchmarks import DATASETS, load_data
 
 # %% ../../nbs/data/07_inspection.ipynb #bf49a8c8
 def _image_names(images, # paths, arrays or PIL images
-    part:str, # 'training' or 'test'
+    part:str, # 'training', 'validation' or 'test'
     root, # folder above the files
 )->list:
     "What to call each image"
@@ -38,12 +38,11 @@ def _image_table(data:LongTailData, # of any kind
     decode:bool=True, # all of each image, or the headers only?
 )->pd.DataFrame: # image, part, class, width, height, mode, digest, error, peak
     "What is known of each image"
-    parts = dict(training=(data.train_images, data.train_labels), test=(data.test_images, data.test_labels))
-    paths = [str(x) for xs, _ in parts.values() for x in xs if isinstance(x, (str, Path))]
+    paths = [str(x) for xs, _ in data.parts.values() for x in xs if isinstance(x, (str, Path))]
     root = os.path.commonpath(paths) if paths and len({Path(p).is_absolute() for p in paths}) == 1 else ''
     names = np.array(data.vocab, dtype=object)
     tables = [pd.DataFrame({'image': _image_names(xs, part, root), 'part': part, 'class': names[ys]}).join(
-        pd.DataFrame(_all_image_facts(xs, decode, max_value=data.max_value), dtype=object)) for part, (xs, ys) in parts.items()]
+        pd.DataFrame(_all_image_facts(xs, decode, max_value=data.max_value), dtype=object)) for part, (xs, ys) in data.parts.items()]
     return pd.concat(tables, ignore_index=True).astype(dict(width='Float64', height='Float64'))
 
 # %% ../../nbs/data/07_inspection.ipynb #3d0e26d7
@@ -59,13 +58,13 @@ class DataReport:
     def classes(self):
         masks = shot_groups(self.data.counts, self.many, self.few)
         group = np.select(list(masks.values()), list(masks), '')
-        test = np.bincount(self.data.test_labels, minlength=self.data.n_classes)
-        table = pd.DataFrame(dict(training=self.data.counts, test=test, group=group), index=list(self.data.vocab))
+        counts = {part: np.bincount(y, minlength=self.data.n_classes) for part, (_, y) in self.data.parts.items()}
+        table = pd.DataFrame(dict(counts, group=group), index=list(self.data.vocab))
         return table.sort_values('training', ascending=False, kind='stable')
     @property
     def groups(self):
         rows = {g: self.classes[self.classes.group == g] for g in ('many', 'medium', 'few')}
-        return pd.DataFrame([dict(classes=len(r), training=r.training.sum(), test=r.test.sum()) for r in rows.values()], list(rows))
+        return pd.DataFrame([dict(classes=len(r), **r[[*self.data.parts]].sum()) for r in rows.values()], list(rows))
     @property
     def sizes(self): return self.images[['width', 'height']].agg(['min', 'median', 'max']).round().astype('Int64')
     @property
@@ -97,10 +96,14 @@ def _duplicates(r:DataReport)->list: # of tables
     known = r.images.dropna(subset='digest')
     return [g for _, g in known[known.digest.duplicated(keep=False)].groupby('digest', sort=False)]
 
-def _train_test_duplicates(r:DataReport)->list:
-    "Test images that are also training images"
-    both = [(g.image[g.part == 'training'].iloc[0], g.image[g.part == 'test']) for g in _duplicates(r) if g.part.nunique() > 1]
-    return [f'{b} = {a}' for a, bs in both for b in bs]
+def _duplicates_between(first:str, # part of the data set
+    second:str, # another
+):
+    "A function that finds images of the second part that are also in the first"
+    def find(r:DataReport)->list:
+        both = [(g.image[g.part == first].iloc[0], g.image[g.part == second]) for g in _duplicates(r) if first in set(g.part)]
+        return [f'{b} = {a}' for a, bs in both for b in bs]
+    return find
 
 def _conflicting_labels(r:DataReport)->list:
     "Images that occur under more than one label"
@@ -142,7 +145,9 @@ _PROBLEMS = {
     'Images that cannot be read': _unreadable_images,
     'Images of more than 8 bits that use a quarter of their range at most (name the value of white with max_value)': _dark_images,
     'Very small images': _small_images,
-    'Test images that are also training images': _train_test_duplicates,
+    'Test images that are also training images': _duplicates_between('training', 'test'),
+    'Validation images that are also training images': _duplicates_between('training', 'validation'),
+    'Test images that are also validation images': _duplicates_between('validation', 'test'),
     'Images under more than one label': _conflicting_labels,
     'Images that occur more than once': _repeated_names,
     'Classes with a single training image': _singletons,

@@ -26,13 +26,14 @@ from .dataset import LongTailData, digits_lt
 
 # %% ../../nbs/data/09_loaders.ipynb #c8af8ba3
 class _Pick(Transform):
-    "Position → what lies there in two sequences laid end to end; anything that is not a position is returned as it is"
+    "Position → what lies there in sequences laid end to end; anything that is not a position is returned as it is"
     input_types = object
-    def __init__(self, first, second): self.first, self.second = first, second
+    def __init__(self, *parts): self.parts = parts
     def encodes(self, i):
         if not isinstance(i, (int, np.integer)): return i
-        n = len(self.first)
-        return self.first[i] if i < n else self.second[i-n]
+        for part in self.parts:
+            if i < len(part): return part[i]
+            i -= len(part)
 
 class _Open(Transform):
     "Image of any kind → RGB, with the data set's value of white"
@@ -41,18 +42,19 @@ class _Open(Transform):
     def encodes(self, x): return open_image(x, self.max_value)
 
 def _datasets(data:LongTailData, # what to load
-)->Datasets: # training items first, then the test items
+)->Datasets: # training items first, then the validation items if there are any, then the test items
     "fastai `Datasets` of (image, category)"
-    n, m, vocab = len(data.train_labels), len(data.test_labels), data.vocab
-    names = _Pick(*([vocab[y] for y in ys] for ys in (data.train_labels, data.test_labels)))
-    tfms = [[_Pick(data.train_images, data.test_images), _Open(data.max_value)], [names, Categorize(vocab=vocab, sort=False)]]
-    return Datasets(range(n+m), tfms, splits=[list(range(n)), list(range(n, n+m))])
+    (images, labels), vocab = zip(*data.parts.values()), data.vocab
+    ends = np.cumsum([0, *map(len, labels)])
+    names = _Pick(*([vocab[y] for y in ys] for ys in labels))
+    tfms = [[_Pick(*images), _Open(data.max_value)], [names, Categorize(vocab=vocab, sort=False)]]
+    return Datasets(range(ends[-1]), tfms, splits=[list(range(a, b)) for a, b in zip(ends, ends[1:])])
 
 # %% ../../nbs/data/09_loaders.ipynb #84ff3cbe
 def _data_parts(data:LongTailData)->dict: # for `_fingerprint`
     "Images, labels and class names"
-    labels = {f'{k} labels': np.asarray(y, dtype=np.int64) for k, y in (('training', data.train_labels), ('test', data.test_labels))}
-    images = {f'{k} images': _Images(x) for k, x in (('training', data.train_images), ('test', data.test_images))}
+    labels = {f'{k} labels': np.asarray(y, dtype=np.int64) for k, (_, y) in data.parts.items()}
+    images = {f'{k} images': _Images(x) for k, (x, _) in data.parts.items()}
     return {**images, **labels, 'class names': data.classes}
 
 # %% ../../nbs/data/09_loaders.ipynb #8a74c552
@@ -140,7 +142,10 @@ def dataloaders(data:LongTailData, # what to load
     num_workers:int|None=None, # worker processes; None: see `_default_workers`
     **kwargs, # passed to fastai's DataLoader: device, pin_memory, …
 ):
-    "fastai `DataLoaders` of normalised (B, 3, R, R) images and (B,) labels"
+    "fastai `DataLoaders` of normalised (B, 3, R, R) images and (B,) labels: training, validation if there is one, test"
     workers = _default_workers(data) if num_workers is None else num_workers
-    return _datasets(data).dataloaders(bs=bs, dl_type=SeededDL, after_item=[*item_tfms, ToTensor()], drop_last=False, num_workers=workers,
+    dls = _datasets(data).dataloaders(bs=bs, dl_type=SeededDL, after_item=[*item_tfms, ToTensor()], drop_last=False, num_workers=workers,
         after_batch=[IntToFloatTensor(), Normalize.from_stats(mean, std)], **kwargs)
+    for dl in dls.loaders[2:]:
+        for tl in dl.dataset.tls: tl.tfms.split_idx = 1 # validation and test images are cropped alike
+    return dls

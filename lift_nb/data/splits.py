@@ -7,8 +7,9 @@ __all__ = []
 
 # %% ../../nbs/data/03_splits.ipynb #9365ee5f
 import os, warnings
-from dataclasses import replace
+from collections import Counter, defaultdict
 from hashlib import blake2b
+from itertools import combinations
 from pathlib import Path
 from zlib import crc32
 
@@ -123,23 +124,45 @@ def _drawn(files, # paths
     return sorted(files, key=key)
 
 def _split_classes(found:dict, # class → paths
-    test_pct:float, # part that goes to the test set
+    pct:float, # part that is held out
     seed:int, # of the drawing
     root='', # folder where the paths begin that count
-    fold:int|None=None, # number of the fold that is tested; None: `test_pct`
+    fold:int|None=None, # number of the fold that is held out; None: `pct`
     n_folds:int=5, # into which each class is cut
 ):
-    "Two dictionaries like `found`: training and test images, drawn class by class; every class keeps one to train"
+    "Two dictionaries like `found`: training images and those held out, drawn class by class; every class keeps one to train"
     train, test = {}, {}
     for c, files in found.items():
         order = _drawn(files, seed, root)
-        if fold is None: order = order[:max(1, round(test_pct*len(files)))]
+        if fold is None: order = order[:max(1, round(pct*len(files)))]
         else: order = order[(fold + crc32(str(c).encode('utf-8', 'surrogateescape'))) % n_folds::n_folds]
         picked = set(order[:max(0, len(files)-1)])
         test[c], train[c] = [f for f in files if f in picked], [f for f in files if f not in picked]
     return train, test
 
 # %% ../../nbs/data/03_splits.ipynb #3a94da4d
+def _share_of_groups(found:dict, # class → paths
+    groups:dict, # path → group
+    pct:float, # part of each class that is held out
+    seed:int, # of the drawing
+)->set: # of groups
+    "Groups to hold out, drawn class by class, the rarest first; every class keeps one to train"
+    sizes = {c: Counter(groups[f] for f in fs) for c, fs in found.items() if fs}
+    classes_of, left, held = defaultdict(list), {c: len(of) for c, of in sizes.items()}, set()
+    for c, of in sizes.items():
+        for g in of: classes_of[g].append(c)
+    for c in sorted(sizes, key=lambda c: (len(found[c]), c)):
+        of, order = sizes[c], _drawn(sizes[c], seed)
+        wanted, n = max(1, round(pct*len(found[c]))), sum(k for g, k in of.items() if g in held)
+        for i, g in enumerate([*order, min(order, key=of.get)]): # the smallest again, for a class that has none yet
+            closer = abs(n + of[g] - wanted) < wanted - n or i == len(order) and not n
+            if g in held or not closer or any(left[k] < 2 for k in classes_of[g]): continue
+            held.add(g)
+            n += of[g]
+            for k in classes_of[g]: left[k] -= 1
+    return held
+
+# %% ../../nbs/data/03_splits.ipynb #7b1e4c03
 def _group_folds(labels:np.ndarray, # (N,) class of each image
     groups:np.ndarray, # (N,) group of each image
     n:int, # folds
@@ -153,36 +176,37 @@ def _group_folds(labels:np.ndarray, # (N,) class of each image
         for k, (_, i) in enumerate(cut.split(labels, labels, groups)): folds[i] = k
     return folds
 
+# %% ../../nbs/data/03_splits.ipynb #7b1e4c04
 def _split_groups(found:dict, # class → paths
     groups:dict, # path → group
-    test_pct:float, # part that goes to the test set
+    pct:float, # part that is held out
     seed:int, # of the drawing
-    fold:int|None=None, # number of the fold that is tested; None: `test_pct`
+    fold:int|None=None, # number of the fold that is held out; None: `pct`
     n_folds:int=5, # into which the groups are cut
 ):
-    "Two dictionaries like `found`: training and test images, no group in both"
+    "Two dictionaries like `found`: training images and those held out, no group in both"
     files, labels = _flat_folder(found, found)
     keys, largest = np.array([groups[f] for f in files], dtype=object), max(map(len, found.values()))
-    n, most = (20 if fold is None else n_folds), min(len(set(keys)), largest)
-    if most < 2 or fold is not None and n > most:
-        raise LiftError(f'{len(set(keys))} groups, and {largest} images in the largest class, are too few for {n if fold is not None else 2} parts')
-    n = min(n, most)
-    folds = _group_folds(labels, np.unique(keys.astype(str), return_inverse=True)[1], n, seed)
-    tested = set(keys[folds == fold if fold is not None else folds < min(n-1, max(1, round(test_pct*n)))])
+    n = 2 if fold is None else n_folds
+    if min(len(set(keys)), largest) < n:
+        raise LiftError(f'{len(set(keys))} groups, and {largest} images in the largest class, are too few for {n} parts')
+    if fold is None: tested = _share_of_groups(found, groups, pct, seed)
+    else: tested = set(keys[_group_folds(labels, np.unique(keys.astype(str), return_inverse=True)[1], n, seed) == fold])
     for fs in found.values(): # a class trains on one group at least
         if fs and all(groups[f] in tested for f in fs): tested.discard(groups[fs[0]])
     parts = [{c: [f for f in fs if (groups[f] in tested) == t] for c, fs in found.items()} for t in (False, True)]
     return parts[0], parts[1]
 
 # %% ../../nbs/data/03_splits.ipynb #c98815d2
-def _trained_classes(train:dict, # class → paths
-    test:dict, # class → paths
+def _trained_classes(parts:dict, # 'training', 'test' and perhaps 'validation' → class → paths
 )->list:
-    "The classes with a training image; raises `LiftError` for fewer than two, and for a class in the test set only"
+    "The classes with a training image; raises `LiftError` for fewer than two, and for a class in another part only"
+    train = parts['training']
     classes = [c for c in train if train[c]]
-    extra = _in_order(c for c in test if test[c] and not train.get(c))
-    if extra: raise LiftError(f'Classes in the test set that have no training image: {extra[:5]}; '
-        f'nearest in training: {_nearest(extra[0], classes)[:5]}; rename or remove them')
+    for part, found in parts.items():
+        extra = _in_order(c for c in found if found[c] and not train.get(c))
+        if extra: raise LiftError(f'Classes in the {part} set that have no training image: {extra[:5]}; '
+            f'nearest in training: {_nearest(extra[0], classes)[:5]}; rename or remove them')
     if len(classes) < 2: raise LiftError(f'At least two classes with images are needed, not {classes}; is there a folder for each?')
     return classes
 
@@ -195,58 +219,84 @@ def _shared_images(train:dict, # class → paths
     seen = {looks[f].digest: f for fs in train.values() for f in reversed(fs)}
     return [(seen[d], f) for fs in test.values() for f in fs if (d := looks[f].digest) in seen]
 
-def _split_by_class(train:dict, # class → paths
+def _return_copies(train:dict, # class → paths
     test:dict, # class → paths, drawn from the same files
     looks:dict, # path → `_ImageFacts`
+    part:str='test', # what they were drawn for
 ): # the two dictionaries, list of notes
-    "Copies of training images go back from the test set to the training images"
+    "Copies of training images go back from what was held out to the training images"
     twins = {b for _, b in _shared_images(train, test, looks)} if looks else set()
     train = {c: fs + [f for f in test[c] if f in twins] for c, fs in train.items()}
     test = {c: [f for f in fs if f not in twins] for c, fs in test.items()}
-    return train, test, _notes_about('Copies of training images, not drawn for the test set', sorted(map(os.path.basename, twins)))
+    return train, test, _notes_about(f'Copies of training images, not drawn for the {part} set', sorted(map(os.path.basename, twins)))
 
-def _oddities(train:dict, # class → paths
-    test:dict, # class → paths
+def _copies_between(parts:dict, # as in `_oddities`
+    looks:dict, # path → `_ImageFacts`
+    root, # folder above them, for the sentence
+)->list: # of sentences
+    "Images that are in two parts of the data set"
+    notes = []
+    for a, b in combinations(parts, 2):
+        twice = [f"'{_shorter(g, root)}' = '{_shorter(f, root)}'" for f, g in _shared_images(parts[a], parts[b], looks)]
+        notes += _notes_about(f'{b.capitalize()} images that are also {a} images', twice)
+    return notes
+
+def _oddities(parts:dict, # 'training', perhaps 'validation', 'test' → class → paths
     names:dict, # class → its name
     looks:dict, # path → `_ImageFacts`; empty: not looked at
     root, # folder above them, for the sentence
 )->list: # of sentences
     "What a reader of the scores should know"
-    twice = [f"'{_shorter(b, root)}' = '{_shorter(a, root)}'" for a, b in _shared_images(train, test, looks)] if looks else []
+    train = parts['training']
+    def lack(part): return [n for c, n in names.items() if not parts.get(part, names).get(c)]
     return [*_notes_about('Classes without an image, left out', [c for c in train if not train[c]]),
         *_notes_about('Classes with a single training image', [n for c, n in names.items() if len(train[c]) == 1]),
-        *_notes_about('Classes without a test image, hence without a score', [n for c, n in names.items() if not test.get(c)]),
-        *_notes_about('Test images that are also training images', twice)]
+        *_notes_about('Classes without a validation image', lack('validation')),
+        *_notes_about('Classes without a test image, hence without a score', lack('test')),
+        *(_copies_between(parts, looks, root) if looks else [])]
 
 # %% ../../nbs/data/03_splits.ipynb #e8e6739f
-def _flat_folder(found:dict, # class → paths
+def _flat_folder(found:dict|None, # class → paths
     classes, # their order
-): # N paths, (N,) labels
+): # N paths, (N,) labels; None and None for no dictionary
     "Paths and labels"
+    if found is None: return None, None
     parts = [found.get(c, []) for c in classes]
     return [f for fs in parts for f in fs], np.repeat(np.arange(len(parts)), [len(fs) for fs in parts])
 
-def _check_split(test_pct, fold, n_folds, own:bool): # do the images come with a test set?
+def _check_split(test_pct, valid_pct, fold, n_folds, # see `_assemble_data`
+    own:bool, # do the images come with a test set?
+    own_valid:bool, # do they come with a validation set?
+):
     "Raise `LiftError` for shares and folds that cannot be"
-    if not 0 < test_pct < 1: raise LiftError(f'test_pct must lie between 0 and 1, not {test_pct}')
+    for name, pct in dict(test_pct=test_pct, valid_pct=valid_pct).items():
+        if pct is not None and not 0 < pct < 1: raise LiftError(f'{name} must lie between 0 and 1, not {pct}')
+    if own_valid and valid_pct is not None:
+        raise LiftError(f'valid_pct={valid_pct} would draw a validation set, but the images come with one of their own')
     if fold is None: return
     if own: raise LiftError(f'fold={fold} would cut a test set, but the images come with one of their own')
     if not (n_folds >= 2 and 0 <= fold < n_folds): raise LiftError(f'fold must lie in 0 … {n_folds-1}, not {fold}, for {n_folds} folds of at least 2')
 
-def _draw_test(train:dict, # class → paths
+def _draw(train:dict, # class → paths
     looks:dict, # path → `_ImageFacts`; empty: not looked at
     groups:dict|None, # path → group; None: each image by itself
-    root, test_pct, seed, fold, n_folds, # see `_assemble_data`
-): # class → training paths, class → test paths, list of notes
-    "Draw a test set from the training images"
-    if groups: return *_split_groups(train, groups, test_pct, seed, fold, n_folds), []
-    return _split_by_class(*_split_classes(train, test_pct, seed, root, fold, n_folds), looks)
+    part:str, # 'test' or 'validation'
+    pct:float, # part of the images
+    root, seed, fold=None, n_folds=5, # see `_assemble_data`
+    notes=(), # that come first
+): # class → training paths, class → paths that are held out, list of notes
+    "Draw a test or validation set from the training images; raises `LiftError` when that leaves it empty"
+    if groups: train, held, more = *_split_groups(train, groups, pct, seed, fold, n_folds), []
+    else: train, held, more = _return_copies(*_split_classes(train, pct, seed, root, fold, n_folds), looks, part)
+    if part == 'validation' and not any(held.values()): raise LiftError('There are too few training images for a validation set; leave out valid_pct')
+    return train, held, [*notes, *more]
 
-def _shared_groups(train:dict, test:dict, groups:dict|None)->list:
-    "A note on groups that lie on both sides of a split that the data brought along"
+def _shared_groups(parts:dict, groups:dict|None)->list: # parts as in `_oddities`
+    "Notes on groups that lie on both sides of a split that the data brought along"
     if not groups: return []
-    both = set.intersection(*({groups[f] for fs in part.values() for f in fs} for part in (train, test)))
-    return _notes_about('Groups with both training and test images', _in_order(map(str, both)))
+    found = {part: {groups[f] for fs in files.values() for f in fs} for part, files in parts.items()}
+    return [n for a, b in combinations(found, 2)
+        for n in _notes_about(f'Groups with both {a} and {b} images', _in_order(map(str, found[a] & found[b])))]
 
 # %% ../../nbs/data/03_splits.ipynb #5dff96b0
 def _assemble_data(train:dict, # class → paths of its training images
@@ -255,9 +305,11 @@ def _assemble_data(train:dict, # class → paths of its training images
     root, # folder above the files
     notes=(), # sentences about how they were found
     groups:dict|None=None, # path → group, when groups are to stay on one side
+    valid:dict|None=None, # class → paths of its validation images, if the images come with some
     class_names=None, # names for the prompts: a mapping, a list, or a file (see `_name_classes`)
     test_pct:float=0.2, # part of each class that is held out when there is no test set
-    seed:int=0, # of that split
+    valid_pct:float|None=None, # part of each class's training images that becomes the validation set
+    seed:int=0, # of these splits
     fold:int|None=None, # number of the fold that is tested, instead of `test_pct`
     n_folds:int=5, # into which the images are cut for `fold`
     check:bool=True, # decode every file before training?
@@ -266,12 +318,14 @@ def _assemble_data(train:dict, # class → paths of its training images
     classes=None, # the name of `class_names` in earlier versions
 )->LongTailData:
     "Files, checked, split and named"
-    _check_split(test_pct, fold, n_folds, test is not None)
-    files = list(dict.fromkeys(f for part in (train, test or {}) for fs in part.values() for f in fs))
-    looks, unread = _check_images(files, root, skip_corrupt, max_value) if check or skip_corrupt else ({}, [])
-    if unread: train, test = (part and {c: [f for f in fs if f in looks] for c, fs in part.items()} for part in (train, test))
-    if test is not None: more = _shared_groups(train, test, groups)
-    else: train, test, more = _draw_test(train, looks, groups, root, test_pct, seed, fold, n_folds)
-    names, said = _name_classes(_trained_classes(train, test), classes if class_names is None else class_names)
-    data = LongTailData(name, tuple(names.values()), *_flat_folder(train, names), *_flat_folder(test, names), max_value=max_value)
-    return replace(data, notes=(*notes, *said, *unread, *more, *_oddities(train, test, names, looks, root)))
+    _check_split(test_pct, valid_pct, fold, n_folds, test is not None, valid is not None)
+    files = list(dict.fromkeys(f for part in (train, valid or {}, test or {}) for fs in part.values() for f in fs))
+    looks, more = _check_images(files, root, skip_corrupt, max_value) if check or skip_corrupt else ({}, [])
+    if more: train, valid, test = (part and {c: [f for f in fs if f in looks] for c, fs in part.items()} for part in (train, valid, test))
+    if test is None: train, test, more = _draw(train, looks, groups, 'test', test_pct, root, seed, fold, n_folds, more)
+    if valid_pct is not None: train, valid, more = _draw(train, looks, groups, 'validation', valid_pct, root, seed, notes=more)
+    parts = {k: v for k, v in dict(training=train, validation=valid, test=test).items() if v is not None}
+    names, said = _name_classes(_trained_classes(parts), classes if class_names is None else class_names)
+    said = *notes, *said, *more, *_shared_groups(parts, groups), *_oddities(parts, names, looks, root)
+    train, test, held = (_flat_folder(part, names) for part in (train, test, valid))
+    return LongTailData(name, tuple(names.values()), *train, *test, said, max_value, *held)

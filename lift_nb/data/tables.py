@@ -8,6 +8,7 @@ __all__ = ['from_table']
 # %% ../../nbs/data/05_tables.ipynb #fe43e48b
 import os, re
 from io import StringIO
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,14 @@ def _list_rows(file, # .txt, or a table without header
 def _list_with_partner(file:Path, # list of images
     text:str, # what it holds
 ): # table, list of notes
-    "The rows of a list, and those of the list of test images that lies beside a list of training images"
+    "The rows of a list, and those of the lists of test and validation images that lie beside a list of training images"
     side, rest = _split_word(file.stem)
     near = {f: _split_word(f.stem) for f in sorted(file.parent.glob(f'*{file.suffix}')) if f.is_file()} if side == 'train' else {}
-    test = next((f for s in ('test', 'valid') for f, found in near.items() if found == (s, rest)), None)
-    if test is None: return _list_rows(file, text), []
-    both = {'train': _list_rows(file, text), 'test': _list_rows(test, _read_text(test, 'table'))}
-    return pd.concat([t.assign(split=s) for s, t in both.items()], ignore_index=True), [f"Test images from the list '{_printable(test.name)}'"]
+    others = {s: f for s in ('test', 'valid') for f, found in near.items() if found == (s, rest)}
+    if not others: return _list_rows(file, text), []
+    read = {'train': _list_rows(file, text), **{s: _list_rows(f, _read_text(f, 'table')) for s, f in others.items()}}
+    notes = [f"{'Test' if s == 'test' or len(others) == 1 else 'Validation'} images from the list '{_printable(f.name)}'" for s, f in others.items()]
+    return pd.concat([t.assign(split=s) for s, t in read.items()], ignore_index=True), notes
 
 def _read_table(table, # path or `DataFrame`
 ): # table, list of notes
@@ -231,20 +233,20 @@ def _by_label(rows:pd.DataFrame)->dict: # label → paths
 
 def _table_parts(rows:pd.DataFrame, # label, file and perhaps split
     column, # the split's name
-): # label → training files, label → test files or None, list of notes
-    "The rows of the two parts; raises `LiftError` when the words for them are not understood"
-    if column is None: return _by_label(rows), None, []
+): # label → training files, label → test files or None, label → validation files or None
+    "The rows of each part; raises `LiftError` when the words for them are not understood"
+    if column is None: return _by_label(rows), None, None
     side_of = {w: _split_of(w, column) for w in rows.split.unique()}
-    sides = rows.split.map(side_of)
     here = set(side_of.values())
     if '' in here or 'train' not in here:
         raise LiftError(f"The column '{_printable(column)}' must say train or test (or valid, val, validation, dev) in every row; "
             f'it says {_examples(map(repr, sorted(side_of)))}; name another with split_col')
-    test = next((t for t in ('test', 'valid') if t in here), None)
-    both = sorted(set(rows.path[sides == 'train']) & set(rows.path[sides == test])) if test else []
-    if both: raise LiftError(f'{len(both)} files are in training and test rows: {_examples(both, 3)}; remove them from one')
-    notes = _notes_about('Words of the split that were not used', sorted(w for w, s in side_of.items() if s not in ('train', test)))
-    return _by_label(rows[sides == 'train']), _by_label(rows[sides == test]) if test else None, notes
+    parts = {'train': 'training', 'valid': 'validation' if 'test' in here else 'test', 'test': 'test'}
+    sides = rows.split.map(lambda w: parts[side_of[w]])
+    for a, b in combinations(sorted(set(sides), key='training validation test'.index), 2):
+        both = sorted(set(rows.path[sides == a]) & set(rows.path[sides == b]))
+        if both: raise LiftError(f'{len(both)} files are in {a} and {b} rows: {_examples(both, 3)}; remove them from one')
+    return tuple(_by_label(rows[sides == s]) if s in set(sides) else None for s in ('training', 'test', 'validation'))
 
 def _fold_parts(rows:pd.DataFrame, # label, file, fold
     column, # name of the column of folds
@@ -254,7 +256,7 @@ def _fold_parts(rows:pd.DataFrame, # label, file, fold
     here, number = _in_order(rows.fold.unique()), str(fold)
     if number not in here: raise LiftError(f"The column '{_printable(column)}' has the folds {_examples(here, 20)}, not {fold}")
     tested = rows.fold == number
-    return _by_label(rows[~tested]), _by_label(rows[tested]), []
+    return _by_label(rows[~tested]), _by_label(rows[tested]), None
 
 # %% ../../nbs/data/05_tables.ipynb #ad807cb1
 def _table_columns(table:pd.DataFrame, # with rows
@@ -270,12 +272,12 @@ def _table_columns(table:pd.DataFrame, # with rows
     unused = folds if folds and cols['fold'] is None and folds[0] not in cols.values() else []
     return cols, [f"Columns: {', '.join(said)}", *_notes_about('Columns of folds that were not used (fold says which is tested)', unused)]
 
-@delegates(_assemble_data, but=['notes', 'groups'])
+@delegates(_assemble_data, but=['notes', 'groups', 'valid'])
 def from_table(table, # path of a .csv or .tsv file or of a list (.txt), or a `DataFrame`
     root=None, # folder where relative paths start; None: the table's
     path_col=None, # column of the paths; None: one of `_COLUMNS`
     label_col=None, # column of the labels; None: one of `_COLUMNS`, or one-hot columns
-    split_col=None, # column that says which rows are for training
+    split_col=None, # column that says which rows are for training, validation and test
     group_col=None, # column of what stays on one side of the split: patient, animal, camera
     name:str|None=None, # for reports; the file's name when not given
     **kwargs, # see `_assemble_data`
@@ -292,10 +294,10 @@ def from_table(table, # path of a .csv or .tsv file or of a list (.txt), or a `D
     lost = [f"'{p}'" for p in rows.path[rows.file.isna()]]
     if lost and not skip: _refuse_lost(lost, len(rows), folder)
     rows, twice = _once(rows.dropna(subset='file'))
-    train, test, more = _fold_parts(rows, cols['fold'], kwargs.pop('fold')) if cols['fold'] is not None else _table_parts(rows, cols['split'])
+    train, test, valid = _fold_parts(rows, cols['fold'], kwargs.pop('fold')) if cols['fold'] is not None else _table_parts(rows, cols['split'])
     groups = dict(zip(rows.file, rows.group)) if cols['group'] is not None else None
-    notes = [*said, *read, *empty, *where, *_notes_about('Files that do not exist, left out', lost), *twice, *more]
-    return _assemble_data(train, test, name or (file.stem if file else 'table'), folder, notes, groups, **kwargs)
+    notes = [*said, *read, *empty, *where, *_notes_about('Files that do not exist, left out', lost), *twice]
+    return _assemble_data(train, test, name or (file.stem if file else 'table'), folder, notes, groups, valid, **kwargs)
 
 # %% ../../nbs/data/05_tables.ipynb #b3f22648
 def _from_path(path, # folder of images, or a .csv or .tsv file, or a list (.txt)

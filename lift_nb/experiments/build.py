@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import noop
+from fastcore.foundation import L
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.callback.training import GradientClip
@@ -40,7 +41,7 @@ from ..models.features import FeatureCache, _CachedFeatures
 from ..models.model import LiftModel, assemble, compile_backbone
 from ..training.losses import CrossEntropy, LogitAdjustment
 from ..training.callbacks import (AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, FrozenEval, ScaleLoss,
-    StopOnNonFinite, WatchLoss, _PlainTensors, _SmoothLoss, _sgd)
+    SkipValidation, StopOnNonFinite, WatchLoss, _PlainTensors, _SmoothLoss, _sgd)
 from ..training.checkpoints import _random_state, _set_random_state
 from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
@@ -63,7 +64,7 @@ def _choose_device(name, # 'cpu', 'cuda', 'cuda:1', a torch device, or None
     return device
 
 # %% ../../nbs/experiments/01_build.ipynb #b13ffbb4
-_DATA_OPTIONS = ('lists', 'split', 'path_col', 'label_col', 'split_col', 'group_col', 'group_by', 'test_pct', 'fold', 'max_value', 'skip_corrupt')
+_DATA_OPTIONS = ('lists', 'split', 'path_col', 'label_col', 'split_col', 'group_col', 'group_by', 'test_pct', 'valid_pct', 'fold', 'max_value', 'skip_corrupt')
 
 def _load(r:Recipe # resolved
 )->LongTailData:
@@ -273,7 +274,9 @@ def _build(r:Recipe, # resolved
     names, cache = _names(r, data, dls), FeatureCache(r.features, data) if r.features and data else None
     model, accum_step = _model(b, r, dls, labels, names, cache), r.accum_step
     if accum_step == 'auto': dls, accum_step = _loaders_that_fit(data, b, r, model, device, before)
-    learn = _learner(dls, model, r, class_counts(labels, dls.c), accum_step, **kwargs)
+    watched = data is None or data.epoch_set
+    cbs = [*([] if watched else [SkipValidation()]), *L(kwargs.pop('cbs', None))]
+    learn = _learner(dls, model, r, class_counts(labels, dls.c), accum_step, cbs=cbs, **kwargs)
     vars(learn).update(backbone=b, data=data, features=r.features, made_of=_settings_to_save(r, b, names, model, pretrained))
     learn.compile_seconds = r.compile and compile_backbone(model, dls.train.bs, b.resolution)
     return learn
@@ -288,15 +291,16 @@ class _FeatureRows:
 
 def _cached_feature_dls(learn:Learner)->DataLoaders:
     "Return DataLoaders of (B, d) features and labels, in the order that the images would have"
-    cache, data, train, out = FeatureCache(learn.features, learn.data), learn.data, learn.dls.train, []
+    cache, parts, train, out = FeatureCache(learn.features, learn.data), learn.data.parts, learn.dls.train, []
     plain = train.new(shuffle=False, drop_last=False)
-    for dl, images, labels in ((plain, data.train_images, data.train_labels), (learn.dls.valid, data.test_images, data.test_labels)):
+    for dl, part in [(plain, 'training'), (learn.dls.valid, learn.data.epoch_set)][:1 + bool(learn.data.epoch_set)]:
+        images, labels = parts[part]
         with autocast(dl.device, learn.model.precision):
             f, y = cache.get(learn.model.backbone, dl, images, labels, precision=learn.model.precision)
         out.append(SeededDL(_FeatureRows(f, y), bs=dl.bs, shuffle=dl is plain, drop_last=False, num_workers=0, device=dl.device))
     out[0].seed = train.seed
     out[0].rng.setstate(train.rng.getstate())
-    return DataLoaders(*out, device=train.device)
+    return DataLoaders(*out, *learn.dls.loaders[len(out):], device=train.device) # what is not looked at in training stays as it is
 
 def _uses_cached_features(learn:Learner)->bool:
     "Return whether the network sees the same images in every epoch, and only its head learns"
@@ -325,12 +329,16 @@ def _preserved_history(learn:Learner):
     try: yield
     finally: vars(learn.recorder).update(kept)
 
+def _test_dl(learn:Learner):
+    "Return the DataLoader of the test set; of ready DataLoaders, that of the validation set"
+    return learn.dls.valid if learn.data is None else learn.dls[-1]
+
 def _tte_dl(learn:Learner,
     expand:int|None=None, # margin in pixels; None: 24
     dl=None, # None: the test set's
 ):
     "Return a DataLoader that yields five crops of each test image, for `AverageCrops`"
-    return (dl or learn.dls.valid).new(after_item=Pipeline([FiveCrops(learn.backbone.resolution, expand), ToTensor()]))
+    return (dl or _test_dl(learn)).new(after_item=Pipeline([FiveCrops(learn.backbone.resolution, expand), ToTensor()]))
 
 def _logits(learn:Learner,
     dl=None, # None: the test set's
@@ -339,4 +347,4 @@ def _logits(learn:Learner,
 )->tuple: # (N, C) raw logits, (N,) labels
     "Return raw logits and labels, on the CPU"
     with _preserved_history(learn):
-        return learn.get_preds(dl=_tte_dl(learn, expand, dl) if tte else dl or learn.dls.valid, act=noop)
+        return learn.get_preds(dl=_tte_dl(learn, expand, dl) if tte else dl or _test_dl(learn), act=noop)

@@ -21,12 +21,12 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 
 from ..core.errors import LiftError
-from ..core.screen import _Screen, _printable
+from ..core.screen import _Screen, _printable, _printable_lines
 from ..core.processes import (init_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
 from ..core.files import _as_json, _read_tensors, _write_json
 from ..core.locks import _LOCK, _locked
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
-from ..data.images import _printable, _read_rgb
+from ..data.images import _read_rgb
 from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
@@ -92,7 +92,7 @@ class _Log:
     def __call__(self, text, # for the file
         shown=None, # what a screen does instead of showing the text: a function of the screen
     ):
-        text = _printable(text)
+        text = _printable_lines(text)
         try:
             with self.path.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(text + '\n')
         except OSError as e: # a full disk, or a folder that went away, must not end a training
@@ -122,8 +122,9 @@ class _EpochLog(Callback):
     def after_epoch(self):
         epoch, *values, seconds = self.recorder.log
         row = {n: float(v) for n, v in zip(self.recorder.metric_names[1:], values) if isinstance(v, (int, float)) and v == v}
-        line = f'epoch {epoch+1}/{self.n_epoch}  ' + '  '.join(f'{n} {v:.4g}' for n, v in row.items()) + f'  time {seconds}'
-        self.say(line, lambda screen: self.show(screen, row, seconds))
+        start = 'validation: ' if self.learn.data.epoch_set == 'validation' else ''
+        words = [f'{start if n == "valid_loss" else ""}{n} {v:.4g}' for n, v in row.items()]
+        self.say('  '.join([f'epoch {epoch+1}/{self.n_epoch}', *words, f'time {seconds}']), lambda screen: self.show(screen, row, seconds))
         with suppress(OSError): # curves are not worth a training
             for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
             self.writer.flush()
@@ -185,11 +186,11 @@ def _load_previous(learn:Learner, # of the same recipe
     elif n_trainable(learn.model): raise LiftError(f"There are no trained tensors in '{folder}' ({' or '.join(_LOADERS)}); "
                                                "train first, or name the run's folder with model_dir")
 
-def _result_record(learn, r, s, phases)->dict: # what goes into result.json
-    "Recipe, circumstances and scores of a run"
+def _result_record(learn, r, s, phases, validate=True)->dict: # what goes into result.json
+    "Recipe, circumstances, sizes of the parts and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
     return dict(recipe=r.settings(), seed=r.seed, versions=_package_versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(),
-        **scores,
+        n_images={part: len(y) for part, (_, y) in learn.data.parts.items()}, epoch_set=learn.data.epoch_set if validate else None, **scores,
         seconds=phases.seconds, trained_parameters=n_trainable(learn.model), weights=learn.backbone.weights,
         device=str(learn.dls.device), processes=_world_size(), peak_memory=_peak_memory(learn.dls.device))
 
@@ -241,8 +242,8 @@ def _log_estimate(learn, log):
 
 def _train(learn, r, log, folder, phases, s, echo): # `s`: `RunSettings`
     "Fit the recipe's epochs, with checkpoints, going on from the newest that is there"
-    cbs, saving = _log_callbacks(log, folder, s.print_freq, s.validate), dict(minutes=s.save_minutes, steps=s.save_steps)
-    bar = _with_bar(learn, echo, 'training', s.validate)
+    validate, saving = bool(s.validate and learn.data.epoch_set), dict(minutes=s.save_minutes, steps=s.save_steps)
+    cbs, bar = _log_callbacks(log, folder, s.print_freq, validate), _with_bar(learn, echo, 'training', validate)
     with phases('train'), _distributed_fit(learn, True), bar, learn.no_logging(), _train_on_cached_features(learn):
         earlier = _fit_resumably(learn, r.epochs, cbs=[EpochCosine(), _WatchLoading(log), *cbs], folder=folder/_CHECKPOINTS,
             about=_result_settings(r.settings()), say=log, **saving)
@@ -382,6 +383,14 @@ def _run_settings(settings:dict, # of recipe and run, by name
     if s.resume and s.test_only: raise LiftError('resume goes on with a training, test_only starts none; give one of them')
     return {k: v for k, v in known.items() if k not in own}, s
 
+def _run_inputs(r:Recipe, settings:dict, say)->tuple: # resolved; as given; where to tell of a missing GPU
+    "Return `_inputs`; raises `LiftError` when an evaluation after each epoch is asked for and there is nothing to evaluate"
+    data, backbone = _inputs(r, say=say)
+    if settings.get('validate') and data.epoch_set is None:
+        raise LiftError('Setting validate has no effect here: it belongs to benchmarks and to data with a validation set (valid_pct)')
+    return data, backbone
+
+# %% ../../nbs/experiments/02_run.ipynb #c692a24b
 def run(output_dir=None, # folder of the run; None: output/<name of the run>
     echo=None, # takes the lines of the log; None: a screen for people, on standard output
     **settings, # of `Recipe` and `RunSettings`, by name
@@ -393,7 +402,7 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
     echo = (echo or _Screen()) if is_main() else noop
     with _peer_failures_as_errors(), _locked_folder(output_dir or Path('output')/run_name(**given), echo) as folder:
         with phases('build'):
-            inputs = _inputs(r, say=echo)
+            inputs = _run_inputs(r, settings, echo)
             identity = _identity(r, *inputs)
             if s.resume and (result := run_on_main(_finished_result, folder, r, identity, echo)):
                 return _show_finished(echo, r, result)
@@ -408,9 +417,9 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
         name, history = 'test_only' if s.test_only else 'result', _history(learn) # before testing starts the recorder anew
         scores, found = _test(learn, r, phases, echo)
         memory = f'peak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB'
-        log(f'{_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
+        log(f'test: {_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
         predictions = prediction_table(learn.data.test_images, found, learn.data.classes)
-        result = _result_record(learn, r, scores, phases)
+        result = _result_record(learn, r, scores, phases, s.validate)
         return run_on_main(_finish, folder, learn, dict(result, fingerprint=identity), scores, predictions, name, log, history)
 
 def _log_start(learn, log):

@@ -13,9 +13,11 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils import get_total_norm
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException, CancelValidException, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.learner import AvgSmoothLoss
+from fastai.callback.tracker import TrackerCallback
+from fastai.learner import AvgSmoothLoss, Recorder
 from fastai.optimizer import Optimizer
 
 from ..core.errors import LiftError, _lookup
@@ -282,5 +284,16 @@ class _SmoothLoss(AvgSmoothLoss):
 
 # %% ../../nbs/training/01_callbacks.ipynb #c560b6ac
 class SkipValidation(Callback):
-    "Leave out the validation of each epoch while training"
-    def before_validate(self): raise CancelValidException()
+    "Leave out the validation of each epoch while training; `validate` and predictions still work"
+    order, trained = Recorder.order+1, False
+    def before_fit(self):
+        lost = [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor != 'train_loss']
+        if lost: raise LiftError(f'{type(lost[0]).__name__} chooses by {lost[0].monitor!r}, and nothing is evaluated between epochs; '
+            'own images get a validation set with valid_pct, otherwise only train_loss can be watched')
+        self.recorder.metric_names = L(n for n in self.recorder.metric_names if n in ('epoch', 'train_loss', 'time'))
+    def before_train(self): self.trained = False
+    def after_train(self): self.trained = True
+    def before_validate(self):
+        if not self.trained: return
+        self.trained = False
+        raise CancelValidException()
