@@ -57,11 +57,11 @@ def adapt_prior(logits, # (N, C)
     return np.asarray(logits, float) + np.log(prior) - np.log(source)
 
 # %% ../../nbs/evaluation/04_prior.ipynb #fd1739fe
-def _em(logits, source, steps:int=1000, tolerance:float=1e-6)->np.ndarray: # float64 (N, C), (C,)
+def _em(logits, source, start=None, steps:int=1000, tolerance:float=1e-6)->np.ndarray: # float64 (N, C), (C,), (C,)
     "Return the prior that expectation maximization finds"
-    log_p, q = log_softmax(logits, axis=1) - np.log(source), np.array(source)
+    likelihood, q = softmax(logits - np.log(source), axis=1), np.array(source if start is None else start)
     for _ in range(steps):
-        new = softmax(log_p + np.log(q), axis=1).mean(0)
+        new = q*(likelihood.T @ (1/(likelihood @ q)))/len(likelihood) # the mean of the posteriors
         new = np.maximum(new, 1e-12)/np.maximum(new, 1e-12).sum()
         done, q = np.abs(new - q).sum() < tolerance, new
         if done: break
@@ -100,7 +100,8 @@ def estimate_prior(logits, # (N, C) of unlabelled images, calibrated
     rng, n, n_classes = np.random.RandomState(seed), len(z), z.shape[1]
     _lookup(dict.fromkeys(('em', 'bbse'), True), method, 'method to estimate a prior')
     if method == 'em':
-        def estimate(rows, _): return _em(z[rows], source)
+        near = .9*_em(z, source) + .1*np.asarray(source) # not at 0, which EM would not leave
+        def estimate(rows, _): return _em(z[rows], source, near)
     else:
         v, y = _checked_validation(valid, n_classes)
         predicted, valid_predicted = z.argmax(1), v.argmax(1)
