@@ -17,7 +17,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     project_urls={'Documentation': docs, 'Source': cfg['git_url'], 'Issues': f"{cfg['git_url']}/issues", 'Changelog': f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
-    packages=find_packages(include=['lift_nb', 'lift_nb.*']), package_data={'lift_nb': ['weights/*.safetensors', 'py.typed']},
+    packages=find_packages(include=['lift_nb', 'lift_nb.*']), package_data={'lift_nb': ['weights/*.safetensors', 'evaluation/*.html', 'py.typed']},
     include_package_data=False, zip_safe=False, python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require={e: cfg[f'{e}_requirements'].split() for e in ('dev', 'ray')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

@@ -201,7 +201,29 @@ def _own(name:str, text, reader, default=None): # option of a command, as typed,
     try: return reader(text)
     except LiftError as e: raise LiftError(f'Option {name} {e}') from None
 
-def _predict(words, top=None, tte=None, expand=None, skip_corrupt=None, out=None, checkpoint=None, device=None):
+def _number(text)->float:
+    try: return float(text)
+    except ValueError: raise LiftError(f'must be a number, not {text!r:.80}') from None
+
+def _prior(text): # name, numbers, or table of classes and numbers
+    "Return a class mix as it was typed, or from a csv file of class, number"
+    if ',' in text: return [_number(t) for t in text.split(',')]
+    if not os.path.isfile(text): return text
+    import csv
+    try:
+        with open(text, newline='', encoding='utf-8-sig') as f: rows = [r for r in csv.reader(f) if r]
+    except (OSError, ValueError, csv.Error): raise LiftError(f'takes a csv file, and {text!r:.200} is none') from None
+    if odd := [r for r in rows if len(r) != 2]:
+        raise LiftError(f'takes a table of two columns, class and number, not {odd[0]!r:.80}')
+    if rows and not rows[0][1].strip().replace('.', '').isdigit(): rows = rows[1:] # titles
+    return {c: _number(n) for c, n in rows}
+
+_DECISIONS = dict(prior=_prior, train_prior=_prior, coverage=_number, # options of `Predictor.predict`
+    min_confidence=_number, min_precision=_number)
+
+# %% ../nbs/02_cli.ipynb #c0f1a2b4
+def _predict(words, top=None, tte=None, expand=None, skip_corrupt=None, out=None, checkpoint=None, device=None,
+    **decisions):
     """Print, or write as csv, what a trained model predicts.
 
     RUN is the folder of a run, or a file of `save_lift`; then images and folders of images."""
@@ -210,9 +232,12 @@ def _predict(words, top=None, tte=None, expand=None, skip_corrupt=None, out=None
     if lost := [i for i in images if not os.path.exists(i)]: raise LiftError(f'There is no image or folder {lost[0]!r:.200}')
     if device is not None: _check_value('device', device)
     top, tte, skip = _own('top', top, _whole, 1), _own('tte', tte, _flag, False), _own('skip_corrupt', skip_corrupt, _flag, False)
+    decisions = {k: _own(k, decisions.get(k), read) for k, read in _DECISIONS.items()}
     from lift_nb.predictor import _list_images, load_lift
     p = load_lift(run, checkpoint=checkpoint, device=device or 'cpu')
-    found = p.predict([x for i in images for x in _list_images(i)], top, tte=tte, skip_corrupt=skip, expand=_own('expand', expand, _whole))
+    images = [x for i in images for x in _list_images(i)]
+    found = p.predict(images, top, tte=tte, skip_corrupt=skip, expand=_own('expand', expand, _whole), **decisions)
+    if 'set' in found: found['set'] = found['set'].map('; '.join)
     for path, reason in found.attrs.get('skipped', {}).items(): _say(f'lift_nb: left out {path}: {reason}', file=sys.stderr)
     if out is None: return _say(found.round(4).to_string(index=False))
     _write_csv(found, out)
@@ -302,7 +327,12 @@ _RUNS = _plain(('ray', 'address of a Ray cluster, auto or local'), ('gpus', 'GPU
     'row that all others are tested against'))
 _TOP = _plain(('top', 'classes for each image [1]'), ('tte', 'five crops of each image? [False]'), ('expand', 'margin of the five crops in pixels'),
     ('skip_corrupt', 'leave out images that cannot be read? [False]'), ('out', 'csv file to write'), ('checkpoint',
-        'file of the frozen weights, if it moved'), ('device', 'cpu, cuda … [cpu]'))
+        'file of the frozen weights, if it moved'), ('device', 'cpu, cuda … [cpu]'),
+    ('prior', 'class mix: uniform, training, estimate (from these images), numbers with commas, or a csv file'),
+    ('train_prior', 'class mix that the logits carry, where the model does not say it'),
+    ('coverage', 'add the set of classes that holds the true one this often, 0.9 for instance (calibrated models)'),
+    ('min_confidence', 'add whether the probability is at least this'),
+    ('min_precision', 'add whether it is high enough for this share of right predictions (calibrated models)'))
 
 def _commands()->dict: # name → click's command
     "Return all commands"
@@ -314,7 +344,8 @@ def _commands()->dict: # name → click's command
             'lift_nb train table.csv --path_col id --label_col breed --backbone in21k_vit_b16']),
         _command('data', _data, [*_setting_options(_DATA_SETTINGS), *_plain(('classes', 'as class_names'))], 'PATH', ['lift_nb data path/to/images',
             'lift_nb data table.csv --label_col species']),
-        _command('predict', _predict, _TOP, 'RUN IMAGES…', ['lift_nb predict output/images_clip_vit_b16_lift+ new/ --top 3 --out predictions.csv']),
+        _command('predict', _predict, _TOP, 'RUN IMAGES…', ['lift_nb predict output/images_clip_vit_b16_lift+ new/ --top 3 --out predictions.csv',
+            'lift_nb predict output/images_clip_vit_b16_lift+ new/ --prior frequencies.csv --coverage 0.9']),
         _command('reproduce', _reproduce, [*_plain(('seeds', 'seeds of each row [3]')), *_RUNS, _DRY, *every], 'TABLE',
             ['lift_nb reproduce digits --seeds 5', 'lift_nb reproduce main --root data --dry-run']),
         _command('table', _table, _plain(('against', 'row that all others are tested against')), 'TABLE [FOLDER]',

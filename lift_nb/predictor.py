@@ -7,18 +7,19 @@ __all__ = ['load_lift', 'Predictor', 'save_lift']
 
 # %% ../nbs/01_predictor.ipynb #fa27f37a
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from fastcore.basics import defaults
+from fastcore.basics import defaults, patch
 
 from .models.precision import PRECISIONS
 from .core.errors import LiftError, _lookup
 from .core.screen import _progress
-from .core.files import _read_tensors
+from .core.files import _read_tensors, _write_tensors
 from .data.images import _read_rgb
 from .data.lists import _image_files
 from .data.crops import CenterCrop, FiveCrops
@@ -43,10 +44,20 @@ def _check_settings(about:dict): # header without anything odd
     for modules, layers, dim in (('modules', 'layers', 'dim'), ('text_modules', 'text_layers', 'text_dim')):
         if m.get(modules) is not None: _check_modules(m[modules], parts.get(layers), parts.get(dim))
 
+def _calibration_of(about:dict): # `Calibration`, or None where the model has none
+    "Return the calibration in a header; raises `LiftError` for numbers that cannot be"
+    if (tau := about.get('tau')) is not None and not 0 <= tau <= 100: raise LiftError(f'tau {tau!r:.40} cannot be')
+    if about.get('calibration') is None: return None
+    from lift_nb.evaluation.decisions import _read_calibration # here: it comes with matplotlib
+    return _read_calibration(about['calibration'], len(about['classes']))
+
+def _model_file(path)->Path: # or the folder of a run
+    return Path(path)/'model.safetensors' if os.path.isdir(path) else Path(path)
+
 def _read_lift(path, # what `save_lift` wrote, or the folder of a run
 )->tuple: # tensors, description
     "File and header; raises `LiftError` for what was not written by `save_lift`, or by a later one"
-    path = Path(path)/'model.safetensors' if os.path.isdir(path) else Path(path)
+    path = _model_file(path)
     tensors, about = _read_tensors(path)
     layout = about.get('layout')
     if type(layout) is int and layout > _LAYOUT:
@@ -54,6 +65,7 @@ def _read_lift(path, # what `save_lift` wrote, or the folder of a run
     if odd := _header_problems(about): raise LiftError(f"'{path}' does not say what it is (missing or odd: {odd[:5]}); save_lift writes such files")
     try:
         _check_settings(about)
+        _calibration_of(about)
         _check_sizes(about, tensors)
     except LiftError as e: raise LiftError(f"'{path}' does not describe a model: {e}") from None
     return tensors, about
@@ -145,7 +157,9 @@ def load_lift(path, # what `save_lift` wrote, or the folder of a run
     except Exception as e: # of many kinds: the header is somebody's
         raise LiftError(f"'{path}' does not describe a model ({type(e).__name__}: {' '.join(str(e).split()):.100})") from None
     _load_tensors(model, tensors, about)
-    return Predictor(model.eval() if precision is None else _set_compute_precision(model.eval(), precision), about, crop)
+    found = Predictor(model.eval() if precision is None else _set_compute_precision(model.eval(), precision), about, crop)
+    found.file = _model_file(path)
+    return found
 
 # %% ../nbs/01_predictor.ipynb #6d9f907e
 def _is_one(x)->bool:
@@ -204,7 +218,7 @@ class _OwnCrop:
         return torch.from_numpy(np.array(im)).permute(2, 0, 1)
 
 
-# %% ../nbs/01_predictor.ipynb #4e2615eb
+# %% ../nbs/01_predictor.ipynb #ca11b002
 class Predictor:
     "A trained model with its classes and its crops"
     def __init__(self, model:LiftModel, # in eval mode, on its device
@@ -212,6 +226,7 @@ class Predictor:
         crop=None, # see `load_lift`
     ):
         self.model, self.about, self.classes, self.counts, images = model, about, about['classes'], about['counts'], about['images']
+        self.calibration, self.file = _calibration_of(about), None
         self.resolution, self.max_value = images['resolution'], images.get('max_value')
         self.crop = CenterCrop(self.resolution, images['expand']) if crop is None else _OwnCrop(crop, self.resolution)
         self.device = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
@@ -233,20 +248,143 @@ class Predictor:
             z = self.model(((x - self.mean)/self.std).flatten(0, -4))
             out.append((z.unflatten(0, (-1, 5)).mean(1) if tte else z).float().cpu())
         return torch.cat(out) if out else torch.zeros(0, len(self.classes))
-    def predict(self, images, # as in `logits`
-        top:int=1, # classes for each image
-        skip_corrupt:bool=False, # leave out images that cannot be read?
-        **kwargs, # of `logits`
-    )->pd.DataFrame: # a row for each image and class; `attrs['skipped']`: name → reason of what was left out
-        "Return the likeliest classes of each image with their probabilities; what has no path is called by its number"
-        images, skipped = _list_images(images), {}
-        if type(top) is not int or not 1 <= top <= len(self.classes):
-            raise LiftError(f'top must lie between 1 and {len(self.classes)}, not {top!r:.80}')
-        p, c = self.logits(images, skipped=skipped if skip_corrupt else None, **kwargs).softmax(-1).topk(top)
-        names = [str(x) if isinstance(x, (str, os.PathLike)) else str(i) for i, x in enumerate(images)]
-        seen = [n for i, n in enumerate(names) if i not in skipped]
-        rows = [(n, self.classes[k], float(q)) for n, ps, ks in zip(seen, p, c) for q, k in zip(ps, ks)]
-        found = pd.DataFrame(rows, columns=['image', 'class', 'probability'])
-        found.attrs['skipped'] = {names[i]: reason for i, reason in skipped.items()}
-        return found
 
+# %% ../nbs/01_predictor.ipynb #4e2615eb
+_PRIORS = ('uniform', 'training', 'estimate')
+
+def _balanced(p, z, train_prior)->np.ndarray: # `Predictor`, (N, C) logits; (N, C)
+    "Return calibrated log-probabilities for equally frequent classes"
+    from lift_nb.evaluation.decisions import Calibration, _source_prior
+    c, uniform = p.calibration or Calibration(), np.full(len(p.classes), 1/len(p.classes))
+    source = c.source if train_prior is None and c.source else _source_prior(p.about, train_prior)
+    return np.log(np.maximum(c.probabilities(z, uniform, source), 1e-300))
+
+def _estimated(p, z)->np.ndarray: # `Predictor`, (N, C) logits; (C,)
+    "Return the class mix of the images, one image added to each class; raises `LiftError` where that is impossible"
+    from lift_nb.evaluation.prior import _bbse
+    c, n, n_classes = p.calibration, len(z), len(p.classes)
+    if n < 10*n_classes: raise LiftError(f"prior 'estimate' needs at least 10 images a class, {10*n_classes}, not {n}")
+    if c is None or {*c.targets} != {*range(n_classes)}:
+        raise LiftError("prior 'estimate' needs a model that was calibrated on validation images of every class")
+    q = _bbse(z.argmax(1).numpy(), np.array(c.predicted), np.array(c.targets), n_classes)
+    return (n*q + 1)/(n + n_classes)
+
+def _probabilities(p, z, prior=None, train_prior=None)->torch.Tensor: # `Predictor`, (N, C) logits; (N, C)
+    "Return probabilities, calibrated where the model is, for a class mix"
+    if prior is None and p.calibration is None: return z.softmax(-1)
+    if prior is None: return torch.from_numpy(p.calibration.probabilities(z))
+    from lift_nb.evaluation.prior import class_prior
+    if isinstance(prior, str): _lookup(dict.fromkeys(_PRIORS, True), prior, 'prior')
+    balanced = _balanced(p, z, train_prior)
+    estimate = isinstance(prior, str) and prior == 'estimate'
+    mix = _estimated(p, z) if estimate else class_prior(prior, p.counts, p.classes)
+    with np.errstate(divide='ignore'): return torch.from_numpy(balanced + np.log(mix)).softmax(-1)
+
+# %% ../nbs/01_predictor.ipynb #ca11b017
+def _set_names(p, z, coverage)->list: # `Predictor`, (N, C) logits; tuples of class names, the likeliest first
+    "Return the prediction sets; raises `LiftError` where the model does not know any"
+    from lift_nb.evaluation.decisions import Calibration
+    c = p.calibration or Calibration()
+    inside, order = c.prediction_sets(z, coverage, p.counts), np.argsort(-c.probabilities(z), axis=1, kind='stable')
+    return [tuple(p.classes[k] for k in o if s[k]) for o, s in zip(order, inside)]
+
+def _threshold(p, prior, min_confidence, min_precision)->float|None:
+    "Return from which probability a prediction is accepted; None: none is asked for"
+    if min_precision is None:
+        good = type(min_confidence) in (int, float) and 0 <= min_confidence <= 1
+        if good or min_confidence is None: return min_confidence
+        raise LiftError(f'min_confidence must lie between 0 and 1, not {min_confidence!r:.80}')
+    if min_confidence is not None: raise LiftError('min_precision stands for a min_confidence; give one of them')
+    if prior is not None:
+        raise LiftError('min_precision holds for the class mix of the validation images; with a prior give min_confidence')
+    from lift_nb.evaluation.decisions import Calibration
+    return (p.calibration or Calibration()).min_confidence(min_precision)
+
+# %% ../nbs/01_predictor.ipynb #ca11b018
+@patch
+def predict(self:Predictor, images, # as in `logits`
+    top:int=1, # classes for each image
+    skip_corrupt:bool=False, # leave out images that cannot be read?
+    prior=None, # class mix: a name of `_PRIORS`, C numbers, class name → number; None: as trained or calibrated
+    coverage:float|None=None, # column `set`: classes that hold the true one this often, where calibrated
+    min_confidence:float|None=None, # column `sure`: does the likeliest class reach this probability?
+    min_precision:float|None=None, # the same, by the share of right predictions that is wanted, where calibrated
+    train_prior=None, # that the logits carry, as in `prior`; None: as the file says
+    **kwargs, # of `logits`
+)->pd.DataFrame: # a row for each image and class; `attrs['skipped']`: name → reason of what was left out
+    "Return the likeliest classes of each image with their probabilities; what has no path is called by its number"
+    images, skipped = _list_images(images), {}
+    if type(top) is not int or not 1 <= top <= len(self.classes):
+        raise LiftError(f'top must lie between 1 and {len(self.classes)}, not {top!r:.80}')
+    least = _threshold(self, prior, min_confidence, min_precision)
+    z = self.logits(images, skipped=skipped if skip_corrupt else None, **kwargs)
+    p, c = _probabilities(self, z, prior, train_prior).topk(top)
+    names = [str(x) if isinstance(x, (str, os.PathLike)) else str(i) for i, x in enumerate(images)]
+    seen = [n for i, n in enumerate(names) if i not in skipped]
+    rows = [(n, self.classes[k], float(q)) for n, ps, ks in zip(seen, p, c) for q, k in zip(ps, ks)]
+    found = pd.DataFrame(rows, columns=['image', 'class', 'probability'])
+    if coverage is not None: found['set'] = [s for s in _set_names(self, z, coverage) for _ in range(top)]
+    if least is not None: found['sure'] = np.repeat(p[:, 0].numpy() >= least, top)
+    found.attrs['skipped'] = {names[i]: reason for i, reason in skipped.items()}
+    return found
+
+# %% ../nbs/01_predictor.ipynb #ca11b004
+def _label_numbers(labels, classes:list)->np.ndarray: # (N,) names or numbers; (N,) numbers
+    "Return numbers of classes; raises `LiftError` for names that the model does not have"
+    labels = list(labels.tolist() if isinstance(labels, (np.ndarray, torch.Tensor)) else labels)
+    if all(isinstance(y, (int, np.integer)) for y in labels): return np.array(labels, int)
+    if odd := [y for y in labels if not isinstance(y, str)]: raise LiftError(f'Labels are class names or numbers, not {odd[0]!r:.80}')
+    number = {c: i for i, c in enumerate(classes)}
+    return np.array([_lookup(number, y, 'class') for y in labels], int)
+
+def _group_limits(about:dict)->dict: # many, few
+    recipe = about.get('recipe') if isinstance(about.get('recipe'), dict) else {}
+    return {k: recipe[k] for k in ('many', 'few') if type(recipe.get(k)) is int}
+
+@patch
+def calibrate(self:Predictor, images, # as in `predict`, not trained on
+    labels, # class name or number of each
+    prior=None, # class mix of these images, as in `predict`; None: the one that the logits carry
+    train_prior=None, # that the logits carry; None: as the file says
+    by_group:bool=False, # temperatures by the group of the predicted class?
+    tte:bool=False, # five crops of each image, as they will be predicted?
+    **levels, # `coverage` and `precision` of `fit_calibration`: tuples of numbers
+): # `Calibration`
+    "Fit temperature and thresholds, which `predict` then uses"
+    from lift_nb.evaluation.decisions import _source_prior, fit_calibration
+    y, z = _label_numbers(labels, self.classes), self.logits(images, tte=tte)
+    if prior is not None: levels |= dict(prior=_named_prior(prior, self), source=_source_prior(self.about, train_prior))
+    self.calibration = fit_calibration(z, y, self.counts, by_group=by_group, **_group_limits(self.about), **levels)
+    return self.calibration
+
+def _named_prior(prior, p:Predictor)->np.ndarray: # (C,)
+    from lift_nb.evaluation.prior import class_prior
+    return class_prior(prior, p.counts, p.classes)
+
+@patch
+def save(self:Predictor, path=None, # .safetensors; None: the file that the model came from
+):
+    "Write the model with its calibration; raises `LiftError` when its file is not there any more"
+    if self.file is None: raise LiftError('Only a model of load_lift has a file; save_lift writes that of a learner')
+    tensors, about = _read_tensors(self.file)
+    if about.get('digest') != self.about['digest']: raise LiftError(f"'{self.file}' is another model now; load it again")
+    about['calibration'] = self.calibration and asdict(self.calibration)
+    _write_tensors(path or self.file, tensors, **about)
+
+# %% ../nbs/01_predictor.ipynb #ca11b010
+@patch
+def estimate_prior(self:Predictor, images, # unlabelled, as in `predict`
+    valid=None, # (images, labels), not trained on: for `attrs`, and 'bbse' where the model is not calibrated
+    method:str|None=None, # 'em' or 'bbse'
+    train_prior=None, # that the logits carry; None: as the file says
+)->pd.DataFrame: # a row for each class: prior, low, high
+    "Return the class mix of unlabelled images with bootstrap intervals; `attrs` has their distance and its p-value"
+    from lift_nb.evaluation.prior import estimate_prior, label_shift_distance
+    z, c, n, v = self.logits(images), self.calibration, len(self.classes), None
+    if valid is not None:
+        v = _balanced(self, self.logits(valid[0]), train_prior), _label_numbers(valid[1], self.classes)
+    elif c and method != 'em': v = np.eye(n)[c.predicted], c.targets # all that BBSE needs to know
+    if valid is not None or method == 'em' or v is None: z = _balanced(self, z, train_prior)
+    found = estimate_prior(z, np.full(n, 1/n), method or ('bbse' if v else 'em'), v).set_axis(self.classes)
+    if valid is not None: found.attrs.update(zip(('distance', 'p'), label_shift_distance(z, v, found.prior)))
+    return found

@@ -21,7 +21,7 @@ def test_zero_shot(tmp_path):
     assert run(tmp_path/'zs', method='zs', echo=lambda line: None)['overall'] > 40
 
 def test_what_a_run_leaves(folder):
-    assert {'result.json', 'log.txt', 'tensorboard', 'per_class.png', 'model.safetensors', 'predictions.csv'} == {f.name for f in folder.iterdir()}
+    assert {'result.json', 'log.txt', 'tensorboard', 'per_class.png', 'model.safetensors', 'predictions.csv', 'history.csv', 'report'} == {f.name for f in folder.iterdir()}
     r = json.loads((folder/'result.json').read_text())
     keys = 'recipe seed versions classes class_counts overall mean_class many medium few per_class seconds trained_parameters'.split()
     assert set(keys) <= set(r) and set(r['seconds']) == {'build', 'train', 'test'}

@@ -172,6 +172,15 @@ LOSSES = Catalog('loss',
     la=_loss('LogitAdjustment', 'logit adjustment (Menon et al., 2021)'),
     lade=_loss('LADE', 'label distribution disentangling (Hong et al., 2021)'))
 
+# %% ../../nbs/core/05_catalog.ipynb #c1a70002
+def _trained_tau(loss, # name or object
+    tau=1., # of logit adjustment
+): # 1: all of it, 0: nothing; None: unknown
+    "Return how much of the training prior a loss takes out of the logits"
+    if not isinstance(loss, str): tau = getattr(loss, 'tau', None)
+    elif loss != 'la': tau = float(loss in ('cb', 'grw', 'bs', 'lade')) if loss in LOSSES.rows else None
+    return tau if type(tau) in (int, float) else None
+
 # %% ../../nbs/core/05_catalog.ipynb #fa7e3352
 _CROPS = ('min', 'max', 'linear', 'convex', 'concave', 'plain') # training crops: schedules of the minimalist crop, or none
 _PRECISIONS = ('fp32', 'bf16', 'fp16')

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/07_screen.ipynb #8672daae
-import codecs, os, shutil, sys, textwrap, time
+import codecs, os, re, shutil, sys, textwrap, time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,9 +15,15 @@ from rich.text import Text
 # %% ../../nbs/core/07_screen.ipynb #431e7513
 _ASCII = {'–': '-', '—': '-', '…': '...', '±': '+/-', '×': 'x', '·': '*', '→': '->', '≈': '~'}
 
+_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
 def _printable(text)->str:
-    "Return text with its control characters spelt out, which a terminal would obey; line ends stay"
-    return ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in str(text))
+    "Return text with control characters, and bytes that are no text, as escapes: a name in a sentence must not steer the terminal"
+    return _UNPRINTABLE.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
+
+def _printable_lines(text)->str:
+    "Return the same, but line ends stay"
+    return '\n'.join(map(_printable, str(text).split('\n')))
 
 def _spell(e:UnicodeEncodeError)->tuple:
     "Return what is written for characters that an encoding lacks, and where encoding goes on"
@@ -33,7 +39,7 @@ def _accept_all_characters():
 
 def _say(*lines, file=None): # None: standard output
     "Print lines that may hold names from anywhere"
-    for line in lines: print(_printable(line), file=file, flush=True)
+    for line in lines: print(_printable_lines(line), file=file, flush=True)
 
 def _width()->int|None:
     "Return the width of the terminal; None without one: lines are not broken for programs"
@@ -67,7 +73,7 @@ class _Bar:
         console=None, # rich's; None: standard error
         delay:float=.5, # seconds before it appears
     ):
-        self.what, self.delay, self.progress = _printable(what), delay, None
+        self.what, self.delay, self.progress = _printable_lines(what), delay, None
         self.console = console or _console(sys.stderr)
     def __enter__(self):
         self.start = time.monotonic()
@@ -116,7 +122,7 @@ class _Screen:
         console=None, # rich's; None: standard output
     ): self.title, self.brief, self.console = title, brief, console or _console()
     def __call__(self, text, style:str=''): # a sentence; rich's name of a style
-        self.console.print(Text(_printable(text), style), overflow='ignore', crop=False)
+        self.console.print(Text(_printable_lines(text), style), overflow='ignore', crop=False)
     def facts(self, title:str, # of the run
         rows, # pairs of label and text
     ):
@@ -129,7 +135,7 @@ class _Screen:
         "Print labelled facts, their texts below each other"
         if self.brief: return
         for label, text in rows:
-            for i, part in enumerate(Text(_printable(text)).wrap(self.console, max(20, self.console.width - 12))):
+            for i, part in enumerate(Text(_printable_lines(text)).wrap(self.console, max(20, self.console.width - 12))):
                 line = Text.assemble((f'  {label if i == 0 else "":8}  ', 'dim'), part)
                 line.rstrip()
                 self.console.print(line, overflow='ignore', crop=False)

@@ -6,7 +6,7 @@
 __all__ = ['open_image']
 
 # %% ../../nbs/data/00_images.ipynb #e827b394
-import os, re
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from fastcore.basics import chunked
 
 from ..core.errors import LiftError
-from ..core.screen import _progress
+from ..core.screen import _printable, _progress
 
 # %% ../../nbs/data/00_images.ipynb #18a419cb
 _TURNS = dict(zip(range(2, 9), [Image.Transpose[t] for t in
@@ -115,12 +115,6 @@ def _decoded(im:Image.Image, # opened
     return _flatten_alpha(_to_eight_bits(_apply_orientation(im), max_value))
 
 # %% ../../nbs/data/00_images.ipynb #e698fb0b
-_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
-
-def _printable(text)->str:
-    "Control characters, and bytes that are no text, as escapes: a name in a sentence must not steer the terminal"
-    return _UNPRINTABLE.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
-
 def _image_label(x)->str:
     "What to call an image in a sentence"
     if isinstance(x, (str, Path)): return _printable(x)

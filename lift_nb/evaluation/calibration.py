@@ -37,29 +37,34 @@ def _checked(values, # (N, C) logits or probabilities
 # %% ../../nbs/evaluation/03_calibration.ipynb #c5f1bef0
 _LOG_RANGE = math.log(100.) # temperatures from 1/100 to 100
 
-def _nll(z, y, temperature=1.)->float: # float64 logits (N, C), labels (N,)
+def _nll(z, y, temperature=1., shift=0.)->float: # float64 logits (N, C), labels (N,), scalar, (C,)
     "Return the mean negative log-likelihood at a temperature"
-    return -log_softmax(z/temperature, axis=1)[np.arange(len(y)), y].mean()
+    return -log_softmax(z/temperature + shift, axis=1)[np.arange(len(y)), y].mean()
 
 def fit_temperature(logits, # (N, C) of validation images
     targets, # (N,) labels
+    shift=0., # (C,) added to the divided logits: the logarithm of a [prior](04_prior.ipynb)
 )->float: # T, to divide logits by
     "Return the temperature with the smallest negative log-likelihood; raises `LiftError` when no finite one is best"
     z, y = _checked(logits, targets)
     none = f'No temperature fits these {len(y)} validation images'
     if (z.argmax(1) == y).all() and np.ptp(z): raise LiftError(f'{none}: every one is predicted right, so that a smaller one is always better')
-    found = minimize_scalar(lambda b: _nll(z, y, math.exp(-b)), bounds=(-_LOG_RANGE, _LOG_RANGE), method='bounded', options=dict(xatol=1e-5))
+    found = minimize_scalar(lambda b: _nll(z, y, math.exp(-b), shift), bounds=(-_LOG_RANGE, _LOG_RANGE), method='bounded', options=dict(xatol=1e-5))
     t = math.exp(-found.x)
-    if _nll(z, y) <= _nll(z, y, t) + 1e-9: return 1.
+    if _nll(z, y, 1, shift) <= _nll(z, y, t, shift) + 1e-9: return 1.
     if abs(found.x) < _LOG_RANGE - .01: return t
     raise LiftError(f'{none}: the best one lies outside 1/100 … 100, so the logits say nothing about the labels, or have another scale')
+
+def _divided(logits, temperature)->np.ndarray: # as in `calibrated`; (N, C)
+    "Return logits divided by their temperature"
+    z, t = np.asarray(logits, float), np.asarray(temperature, float)
+    return z/(t[z.argmax(1)][:, None] if t.ndim else t)
 
 def calibrated(logits, # (N, C)
     temperature=1., # T, or (C,) one for each predicted class
 )->np.ndarray: # (N, C) probabilities
     "Return softmax probabilities at a temperature"
-    z, t = np.asarray(logits, float), np.asarray(temperature, float)
-    return softmax(z/(t[z.argmax(1)][:, None] if t.ndim else t), axis=1)
+    return softmax(_divided(logits, temperature), axis=1)
 
 # %% ../../nbs/evaluation/03_calibration.ipynb #c72bf7d0
 def fit_group_temperatures(logits, # (N, C) of validation images
@@ -67,15 +72,16 @@ def fit_group_temperatures(logits, # (N, C) of validation images
     counts, # (C,) training images of each class
     many:int=100, few:int=20, # as in `shot_groups`
     min_images:int=100, # predicted as a group, for a temperature of its own
+    shift=0., # as in `fit_temperature`
 )->tuple: # (C,) temperature for each predicted class, groups that have the common one
     "Return temperatures by the group of the predicted class"
     z, y = _checked(logits, targets)
-    found, common = np.full(z.shape[1], fit_temperature(z, y)), []
+    found, common = np.full(z.shape[1], fit_temperature(z, y, shift)), []
     for group, mask in shot_groups(counts, many, few).items():
         rows = mask[z.argmax(1)]
         try:
             if rows.sum() < min_images: raise LiftError('too few images')
-            found[mask] = fit_temperature(z[rows], y[rows])
+            found[mask] = fit_temperature(z[rows], y[rows], shift)
         except LiftError:
             if mask.any(): common.append(group)
     return found, common
@@ -126,7 +132,7 @@ def plot_reliability(tables:dict, # name → what `reliability` returned
     ax = ax or plt.subplots(figsize=(4.2, 4))[1]
     ax.plot([0, 1], [0, 1], color='.7', lw=1, zorder=0)
     for (name, t), color, marker in zip(tables.items(), ('#0072b2', '#d55e00', '#009e73', '#cc79a7'), 'osD^'):
-        error = [t.accuracy - t.low, t.high - t.accuracy]
+        error = [(t.accuracy - t.low).clip(lower=0), (t.high - t.accuracy).clip(lower=0)] # rounding at 0 and 1
         ax.errorbar(t.confidence, t.accuracy, error, fmt=marker + '-', ms=4, lw=1, elinewidth=.6, color=color, label=name)
     ax.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1.02), ylim=(0, 1.02), aspect='equal')
     ax.legend(fontsize=8, loc='upper left', frameon=False)

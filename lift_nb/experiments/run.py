@@ -21,12 +21,12 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 
 from ..core.errors import LiftError
-from ..core.screen import _Screen, _printable
+from ..core.screen import _Screen, _printable, _printable_lines
 from ..core.processes import (init_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
 from ..core.files import _as_json, _read_tensors, _write_json
 from ..core.locks import _LOCK, _locked
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
-from ..data.images import _printable
+from ..data.images import _read_rgb
 from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
@@ -38,6 +38,7 @@ from ..training.memory import _peak_memory, estimate
 from ..evaluation.metrics import Scores, plot_per_class, score_preds
 from ..evaluation.significance import intervals
 from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
+from ..evaluation.report import write_report
 from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
 from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
 from lift_nb.experiments.recipe import (Recipe, RunSettings, _FIELDS, _check_value, _known, _data_word, _result_settings, _value_word,
@@ -91,7 +92,7 @@ class _Log:
     def __call__(self, text, # for the file
         shown=None, # what a screen does instead of showing the text: a function of the screen
     ):
-        text = _printable(text)
+        text = _printable_lines(text)
         try:
             with self.path.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(text + '\n')
         except OSError as e: # a full disk, or a folder that went away, must not end a training
@@ -255,6 +256,30 @@ def _test(learn, r, phases, echo)->tuple: # scores, `TopPredictions`
         found = top_predictions([_logits(learn, tte=r.tte, expand=r.tte_expand)])
     return score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few), found
 
+# %% ../../nbs/experiments/02_run.ipynb #b6d1c8e2
+def _history(learn)->pd.DataFrame: # a row for each epoch, counted from 1
+    "Return losses, accuracies and the head's learning rate of the last training; empty without one"
+    r = learn.recorder
+    rows = [[v if isinstance(v, (int, float)) else float('nan') for v in row] for row in getattr(r, 'values', [])]
+    if not rows: return pd.DataFrame()
+    table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='epoch'))
+    table.columns = [n for n in r.metric_names[1:] if n != 'time'][:table.shape[1]]
+    return table.assign(lr=[r.lrs[min(i, len(r.lrs)) - 1] for i in r.iters])
+
+def _write_learner_report(folder, learn, predictions, history=None)->Path: # of the report; tables of predictions and epochs
+    "Write the report of what a learner predicts for the test images"
+    r, data, names = learn.recipe, learn.data, list(map(str, learn.dls.vocab))
+    read = None if data is None else lambda i: _read_rgb(data.test_images[i], data.max_value)
+    about = (f'{_data_word(r.backbone)}; {len(names):,} classes, {learn.counts.sum():,} training and {len(predictions):,} test images; '
+        f'{n_trainable(learn.model):,} trained parameters.')
+    title = f'{_value_word(r.method)} on {_data_word(r.data)}'
+    return write_report(folder, predictions, learn.counts, names, title, about, history, read, r.many, r.few)
+
+def _try_report(folder, learn, predictions, history, say=print):
+    "Write the report of a run; whatever fails there is told and costs nothing else"
+    try: _write_learner_report(folder, learn, predictions, history)
+    except Exception as e: say(f"Could not write the report to '{folder}' ({type(e).__name__}: {e})")
+
 # %% ../../nbs/experiments/02_run.ipynb #b27239da
 def _differences(r:Recipe)->str:
     "Return what was asked for beside data, backbone and method, and decides the numbers"
@@ -286,7 +311,7 @@ def _finish(folder, *args):
     except OSError as e: raise LiftError(f"Cannot write the results to '{folder}' ({e.strerror or e}); what was written before stays, "
         'and with resume True the run ends without training again') from None
 
-def _write_results(folder, learn, result, s, predictions, name='result', say=print):
+def _write_results(folder, learn, result, s, predictions, name='result', say=print, history=None):
     "Write the trained tensors (after training), predictions, picture, scores, and at last the result"
     r, trained = learn.recipe, name == 'result'
     if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings())
@@ -294,10 +319,12 @@ def _write_results(folder, learn, result, s, predictions, name='result', say=pri
     try:
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
         _write_scalars(folder, r, s, name)
+        if trained and history is not None and len(history): history.to_csv(folder/'history.csv')
     except (OSError, ValueError, TypeError) as e: # the picture is not worth the result
         say(f"Could not write the picture to '{folder}' ({getattr(e, 'strerror', None) or e})")
     _write_json(folder/f'{name}.json', dict(result, predictions=seal))
     if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
+    _try_report(folder/f'{"" if trained else name + "_"}report', learn, predictions, history, say)
     return result
 
 # %% ../../nbs/experiments/02_run.ipynb #5c1e2a02
@@ -387,13 +414,13 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
         elif r.epochs and n_trainable(learn.model):
             _log_estimate(learn, log)
             _train(learn, r, log, folder, phases, s, echo)
+        name, history = 'test_only' if s.test_only else 'result', _history(learn) # before testing starts the recorder anew
         scores, found = _test(learn, r, phases, echo)
         memory = f'peak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB'
         log(f'test: {_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
         predictions = prediction_table(learn.data.test_images, found, learn.data.classes)
         result = _result_record(learn, r, scores, phases, s.validate)
-        name = 'test_only' if s.test_only else 'result'
-        return run_on_main(_finish, folder, learn, dict(result, fingerprint=identity), scores, predictions, name, log)
+        return run_on_main(_finish, folder, learn, dict(result, fingerprint=identity), scores, predictions, name, log, history)
 
 def _log_start(learn, log):
     "Tell what is trained on what"

@@ -7,11 +7,13 @@ __all__ = ['save_lift']
 
 # %% ../../nbs/models/10_saved.ipynb #7110413a
 import hashlib, os, platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
 
+from ..core.catalog import _trained_tau
 from ..core.errors import LiftError
 from ..core.files import _hash_tensors, _write_tensors
 from ..data.crops import CenterCrop
@@ -22,6 +24,7 @@ from .surgery import _differences, _scaled_adaptformers, load_trainable
 from .model import LiftModel
 
 # %% ../../nbs/models/10_saved.ipynb #eba5ff96
+_OPTIONAL = dict(tau=(int, float), calibration=(dict,))
 _HEADER = dict(layout=int, backbone=dict, weights=str, digest=str, method=dict, parts=dict, names=list, classes=list, counts=list, images=dict)
 _FIELDS = dict(backbone=('name', 'checkpoint', 'pretrained', 'resolution'),
     method=('modules', 'text_modules', 'head'), images=('resolution', 'expand', 'mean', 'std', 'max_value', 'unknown'),
@@ -143,16 +146,20 @@ def _description(learn, # of `lift_plus_learner`
     method = {k: _as_plain(getattr(learn.recipe, k)) for k in _FIELDS['method']}
     names, classes = ([str(c) for c in cs] for cs in (made['names'], learn.dls.vocab))
     return dict(layout=_LAYOUT, backbone=_as_plain(made['backbone']), weights=learn.backbone.weights, digest=_frozen_digest(m, tuned),
-        method=method, parts=parts, names=names, classes=classes, counts=learn.counts.tolist(), images=_image_settings(learn))
+        method=method, parts=parts, names=names, classes=classes, counts=learn.counts.tolist(), images=_image_settings(learn),
+        tau=_trained_tau(learn.recipe.loss, learn.recipe.tau))
 
 def save_lift(path, # .safetensors
     learn, # `Learner` of `lift_plus_learner`
     recipe:dict|None=None, # the settings of a run, to be kept in the file
+    calibration=None, # `Calibration` of its logits on validation images
 ):
     "The trained tensors and what has to be known about them, in one sealed file"
     tuned = _trainable_tensors(learn)
     kept = {f'frozen/{n}': b for n, b in _saved_buffers(learn.model).items()}
-    _write_tensors(path, {**tuned, **kept}, recipe=recipe, versions=_package_versions(), **_description(learn, tuned))
+    about = dict(_description(learn, tuned), recipe=recipe, versions=_package_versions())
+    about['calibration'] = calibration and asdict(calibration)
+    _write_tensors(path, {**tuned, **kept}, **about)
 
 # %% ../../nbs/models/10_saved.ipynb #336bb0bc
 def _header_problems(about:dict)->list: # of names
@@ -163,6 +170,7 @@ def _header_problems(about:dict)->list: # of names
     odd += [f'images.{n}' for n in ('resolution', 'expand', 'mean', 'std') if about['images'].get(n) is None]
     odd += ['images.unknown'] if not isinstance(about['images'].get('unknown'), (str, type(None))) else []
     odd += [k for k in ('names', 'classes') if not all(type(c) is str for c in about[k])]
+    odd += [k for k, kinds in _OPTIONAL.items() if type(about.get(k)) not in (*kinds, type(None))]
     same = 0 < len(about['classes']) == len(about['counts']) == len(about['names'])
     return odd if same and all(type(n) is int and n >= 0 for n in about['counts']) else [*odd, 'counts']
 
