@@ -20,9 +20,11 @@ from lift_nb.data.dataset import digits_lt, from_arrays
 from lift_nb.data.folders import _assemble_data, from_folder
 from lift_nb.data.loaders import _data_parts
 from lift_nb.data.tables import from_table
+from lift_nb.evaluation.decisions import fit_calibration
 from lift_nb.evaluation.predictions import read_predictions
 from lift_nb.experiments.run import run
 from lift_nb.learner import lift_plus_learner
+from lift_nb.predictor import load_lift
 
 QUICK = dict(backbone='tiny_clip', batch_size=16, expand=0, device='cpu')
 
@@ -117,6 +119,10 @@ def test_both_doors_agree_and_the_run_tells_its_parts(folder, tmp_path):
     assert any(l.startswith('test: overall ') for l in said)
     assert result['n_images'] == {k: len(v) for k, v in parts_of(data).items()} and result['epoch_set'] == 'validation'
     assert sorted(f"{folder}/{i}" for i in read_predictions(tmp_path/'run').image) == sorted(test)
+    assert not any('Could not' in l for l in said) and any(l.startswith('temperature ') for l in said)
+    p, images = load_lift(tmp_path/'run'), list(data.valid_images)
+    by_hand = fit_calibration(p.logits(images).numpy(), data.valid_labels, data.counts)
+    assert p.calibration.temperature == pytest.approx(by_hand.temperature, rel=1e-3) and p.calibration.targets == by_hand.targets
     for source in str(folder), data:
         learn = lift_plus_learner(source, epochs=2, **QUICK, **(dict(valid_pct=.25) if source is not data else {}))
         with learn.no_bar(), learn.no_logging(): learn.fit_lift()
@@ -127,6 +133,7 @@ def test_without_a_validation_set_only_the_loss_is_told(folder, tmp_path):
     said = []
     result = run(tmp_path/'run', echo=said.append, data=str(folder), epochs=1, **QUICK)
     line = next(l for l in said if l.startswith('epoch '))
+    assert not any('Could not' in l for l in said) and load_lift(tmp_path/'run').calibration is None
     assert 'train_loss' in line and 'overall' not in line and result['epoch_set'] is None and list(result['n_images']) == ['training', 'test']
     with pytest.raises(LiftError, match='validate has no effect here'): run(tmp_path/'x', echo=mute, data=str(folder), epochs=1, validate=True, **QUICK)
     run(tmp_path/'x', echo=mute, data=str(folder), epochs=1, validate=False, **QUICK)

@@ -36,6 +36,7 @@ from ..training.resume import _fit_resumably
 from ..training.distributed import _distributed_fit
 from ..training.memory import _peak_memory, estimate
 from ..evaluation.metrics import Scores, plot_per_class, score_preds
+from ..evaluation.decisions import fit_calibration
 from ..evaluation.significance import intervals
 from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
 from ..evaluation.report import write_report
@@ -249,9 +250,19 @@ def _train(learn, r, log, folder, phases, s, echo): # `s`: `RunSettings`
             about=_result_settings(r.settings()), say=log, **saving)
     phases.seconds['train'] = round(phases.seconds['train'] + earlier, 2)
 
-def _test(learn, r, phases, echo)->tuple: # scores, `TopPredictions`
-    "Look at the test images in the recipe's way"
+def _calibrate(learn, r, log): # `Calibration`, or None without validation images
+    "Return what the validation images say about the probabilities"
+    if 'validation' not in learn.data.parts: return None
+    with _distributed_fit(learn), learn.no_bar(): z, y = map(np.asarray, _logits(learn, learn.dls.valid))
+    try: found = fit_calibration(z, y, learn.counts, many=r.many, few=r.few)
+    except LiftError as e: return log(f'The model is not calibrated: {e}')
+    log(f'temperature {found.temperature:.3f}, fitted on {len(y):,} validation images')
+    return found
+
+def _test(learn, r, phases, echo, log)->tuple: # scores, `TopPredictions`
+    "Calibrate on the validation images, and look at the test images in the recipe's way"
     if r.test_precision: set_precision(learn.model, r.test_precision)
+    with phases('calibrate'): learn.calibration = _calibrate(learn, r, log)
     with phases('test'), _distributed_fit(learn), _with_bar(learn, echo, 'testing'):
         found = top_predictions([_logits(learn, tte=r.tte, expand=r.tte_expand)])
     return score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few), found
@@ -314,7 +325,7 @@ def _finish(folder, *args):
 def _write_results(folder, learn, result, s, predictions, name='result', say=print, history=None):
     "Write the trained tensors (after training), predictions, picture, scores, and at last the result"
     r, trained = learn.recipe, name == 'result'
-    if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings())
+    if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings(), calibration=learn.calibration)
     seal = _write_predictions(folder/f'{"" if trained else name + "_"}predictions.csv', predictions)
     try:
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
@@ -415,7 +426,7 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
             _log_estimate(learn, log)
             _train(learn, r, log, folder, phases, s, echo)
         name, history = 'test_only' if s.test_only else 'result', _history(learn) # before testing starts the recorder anew
-        scores, found = _test(learn, r, phases, echo)
+        scores, found = _test(learn, r, phases, echo, log)
         memory = f'peak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB'
         log(f'test: {_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
         predictions = prediction_table(learn.data.test_images, found, learn.data.classes)
