@@ -22,7 +22,8 @@ __all__ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TE
            'plot_per_class', 'TopPredictions', 'top_predictions', 'prediction_table', 'read_predictions',
            'compare_runs', 'intervals', 'compare_paired', 'load_original', 'save_original', 'Recipe', 'RunSettings',
            'resolve', 'run_name', 'run', 'score_table', 'compare', 'TABLES', 'table_runs', 'run_all', 'render_table',
-           'saved_bytes', 'step_setup', 'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
+           'saved_bytes', 'step_setup', 'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor', 'export_model',
+           'OnnxPredictor']
 
 # %% ../nbs/03_all.ipynb #1e4020a6
 from .core.catalog import DATASETS, BACKBONES, METHODS, ADAPTERS, HEADS, INITS, TEXT_HEADS, LOSSES
@@ -51,6 +52,7 @@ from .models.merge import merge
 from .models.model import (
     LiftModel, set_precision, store_frozen, recompute_blocks, assemble, compile_backbone)
 from .models.precision import PRECISIONS, autocast
+from .models.onnx_predictor import OnnxPredictor
 from .models.saved import save_lift
 from .models.surgery import (
     AdapterSpec, adapt, n_trainable, first_token_only, trainable_state, load_trainable)
@@ -73,7 +75,7 @@ from .experiments.sweeps import TABLES, table_runs, run_all
 from .experiments.tables import render_table
 from .bench.steps import saved_bytes, step_setup
 from .learner import lift_plus_learner
-from .predictor import load_lift, Predictor
+from .predictor import export_model, load_lift, Predictor
 
 # %% ../nbs/03_all.ipynb #42d00f77
 _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT_HEADS', 'LOSSES', 'LiftError',
@@ -96,4 +98,4 @@ _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT
     'top_predictions', 'prediction_table', 'read_predictions', 'compare_runs', 'intervals', 'compare_paired',
     'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
     'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
-    'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
+    'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor', 'export_model', 'OnnxPredictor']
