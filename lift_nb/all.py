@@ -45,7 +45,7 @@ from .data.tables import from_table
 from lift_nb.models.adapters import (
     Parallel, Residual, Serial, Adapter, AdaptFormer, LoRA, SSF, MaskedLinear, Prompted, auto_dim,
     auto_ratio)
-from .models.backbones import BACKBONES, Backbone, blocks, choose_attention, tiny_clip, create_backbone
+from .models.backbones import Backbone, blocks, choose_attention, tiny_clip, create_backbone
 from .models.features import FeatureCache
 from .models.heads import LinearHead, CosineHead, L2NormHead, LayerNormHead, create_head
 from .models.merge import merge
@@ -85,7 +85,7 @@ _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT
     'shot_groups', 'long_tail_counts', 'long_tail_subset', 'LongTailData', 'from_arrays', 'digits_lt',
     'plot_counts', 'from_folder', 'make_long_tailed', 'open_image', 'DataReport', 'inspect', 'plot_report',
     'SeededDL', 'dataloaders', 'from_table', 'Parallel', 'Residual', 'Serial', 'Adapter', 'AdaptFormer',
-    'LoRA', 'SSF', 'MaskedLinear', 'Prompted', 'auto_dim', 'auto_ratio', 'BACKBONES', 'Backbone', 'blocks',
+    'LoRA', 'SSF', 'MaskedLinear', 'Prompted', 'auto_dim', 'auto_ratio', 'Backbone', 'blocks',
     'choose_attention', 'tiny_clip', 'create_backbone', 'FeatureCache', 'LinearHead', 'CosineHead',
     'L2NormHead', 'LayerNormHead', 'create_head', 'merge', 'LiftModel', 'set_precision', 'store_frozen',
     'recompute_blocks', 'assemble', 'compile_backbone', 'PRECISIONS', 'autocast', 'AdapterSpec', 'adapt',

@@ -19,7 +19,7 @@ from .core.deprecated import _moved
 from .core.errors import LiftError, _nearest
 from .evaluation.metrics import Scores, score_preds
 from .training.callbacks import EpochCosine
-from .training.checkpoints import _fit_resumably
+from .training.resume import _fit_resumably
 from .experiments.recipe import Recipe, _ALIASES, _FIELDS, _result_settings, resolve
 from .experiments.build import _build, _logits, _train_on_cached_features, _tte_dl
 

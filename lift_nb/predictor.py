@@ -7,7 +7,6 @@ __all__ = ['load_lift', 'Predictor', 'export_model', 'save_lift']
 
 # %% ../nbs/01_predictor.ipynb #fa27f37a
 import os
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,10 @@ from fastcore.basics import defaults
 
 from .models.precision import PRECISIONS
 from .core.errors import LiftError, _lookup
+from .core.screen import _progress
 from .core.files import _read_tensors
 from .data.images import _read_rgb
+from .data.lists import _image_files
 from .data.crops import CenterCrop, FiveCrops
 from .models.backbones import _check_backbone, create_backbone, _is_weights_file
 from .models.text import _is_template_file
@@ -33,18 +34,14 @@ from .experiments.recipe import _check_modules, _check_value
 # %% ../nbs/01_predictor.ipynb #63f32998
 _all_ = ['save_lift'] # the other half of `load_lift`, also here
 
-_LARGEST = 2048 # pixels
-
 def _check_settings(about:dict): # header without anything odd
     "Raise `LiftError` for settings that cannot be"
     m, parts, images, source = (about[k] for k in ('method', 'parts', 'images', 'backbone'))
     settings = {**m, **parts, **images, **{f'backbone.{k}': v for k, v in source.items()}}
     for k, v in settings.items():
-        if v is not None and k not in ('backbone.name', 'backbone.pretrained'): _check_value(k.removeprefix('backbone.'), v)
+        if v is not None and k not in ('backbone.name', 'backbone.pretrained', 'unknown'): _check_value(k.removeprefix('backbone.'), v)
     if type(source.get('pretrained', True)) is not bool or type(source.get('name', '')) not in (str, type(None)):
         raise LiftError('the backbone must have a name')
-    if max(images['resolution'], images['expand'], source.get('resolution') or 0) > _LARGEST:
-        raise LiftError(f'images of more than {_LARGEST} pixels are not taken')
     for modules, layers, dim in (('modules', 'layers', 'dim'), ('text_modules', 'text_layers', 'text_dim')):
         if m.get(modules) is not None: _check_modules(m[modules], parts.get(layers), parts.get(dim))
 
@@ -123,24 +120,34 @@ def _resolve_device(device)->torch.device: # None: the GPU where there is one
     except (RuntimeError, AssertionError, TypeError) as e:
         raise LiftError(f'Cannot compute on {device!r:.80}: {(str(e) or "?").splitlines()[0]:.100}') from None
 
+def _check_crop(images:dict, # of the header
+    crop, # see `load_lift`
+):
+    "Raise `LiftError` for a model whose images went through transforms that the file cannot name"
+    if crop is None and images.get('unknown'):
+        raise LiftError(f"The images of this model went through transforms that a file cannot name ({images['unknown']:.200}): "
+            'pass crop=function, from a PIL image to the PIL image that they made of it')
+
 def load_lift(path, # what `save_lift` wrote, or the folder of a run
     backbone=None, # name, file or network; None: as the file says
     checkpoint=None, # local file of the frozen weights; None: as the file says
     device=None, # where to compute; None: the GPU where there is one
     precision=None, # a name of `PRECISIONS`; None: that of the learner
+    crop=None, # PIL image → PIL image of the network's size, where the learner had item transforms of its own
     **own, # `modules`, `text_modules`, `head` of your own, and `template`, where the file could not name them
 ): # `Predictor`
     "The trained model, ready to predict; raises `LiftError` for what does not fit, naming the difference"
     tensors, about = _read_lift(path)
     if odd := [k for k in own if k not in _OWN]: raise LiftError(f'load_lift takes {_OWN}, not {odd}')
     if precision is not None: _lookup(PRECISIONS, precision, 'precision')
+    _check_crop(about['images'], crop)
     source, device = _source_of(about, backbone, checkpoint), _resolve_device(device)
     try: model = _rebuild(about, tensors, source, device, own)
     except LiftError: raise
     except Exception as e: # of many kinds: the header is somebody's
         raise LiftError(f"'{path}' does not describe a model ({type(e).__name__}: {' '.join(str(e).split()):.100})") from None
     _load_tensors(model, tensors, about)
-    return Predictor(model.eval() if precision is None else _set_compute_precision(model.eval(), precision), about)
+    return Predictor(model.eval() if precision is None else _set_compute_precision(model.eval(), precision), about, crop)
 
 # %% ../nbs/01_predictor.ipynb #6d9f907e
 def _is_one(x)->bool:
@@ -160,7 +167,6 @@ def _split_array(x)->list: # of (H, W) or (H, W, C) arrays
 def _list_images(images)->list: # of paths, PIL images, bytes, open files, or (H, W[, C]) arrays
     "One image, several, or those of a folder"
     if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
-        from lift_nb.data.folders import _image_files # here: it comes with scikit-learn and matplotlib
         found = sorted(map(str, _image_files(Path(images))[0]))
         if not found: raise LiftError(f"There is no image in '{images}'")
         return found
@@ -176,34 +182,40 @@ def _only(found:list)->object:
     if len(found) != 1: raise LiftError(f'An element of the list holds {len(found)} images; give each image alone')
     return found[0]
 
-def _opened_image(x)->Image.Image: # RGB, upright
-    "Open a path, PIL image, array, the bytes of a file, or an open file"
-    if not isinstance(x, (bytes, bytearray)) and not hasattr(x, 'read'): return _read_rgb(x)
-    try: return _read_rgb(Image.open(BytesIO(x) if isinstance(x, (bytes, bytearray)) else x))
-    except (OSError, SyntaxError) as e:
-        raise LiftError(f'These bytes are no image ({type(e).__name__}): '
-            'give those of an image file, or Image.open(…)') from None
-
-def _readable(images:list, # of what `_opened_image` takes
+def _readable(images:list, # of what `open_image` takes
     crop, # with `pixels`
     start:int, # number of the first image
+    max_value:float|None, # value of white in images of more than 8 bits
     skipped:dict|None, # takes number → reason of images that cannot be read; None: raise
 ): # yields (3, R, R) or (5, 3, R, R)
     "Open and crop images"
     for i, x in enumerate(images, start):
-        try: yield crop.pixels(_opened_image(x))
+        try: yield crop.pixels(_read_rgb(x, max_value))
         except LiftError as e:
             if skipped is None: raise
             skipped[i] = str(e)
+
+# %% ../nbs/01_predictor.ipynb #5d1f20ac
+class _OwnCrop:
+    "The crop of a function of the user's"
+    def __init__(self, function, size:int): self.function, self.size = function, size
+    def pixels(self, x): # (3, size, size), uint8
+        im = self.function(x)
+        if getattr(im, 'size', None) != (self.size, self.size) or getattr(im, 'mode', None) != 'RGB':
+            raise LiftError(f'crop must return a PIL image of {self.size} × {self.size} RGB pixels, not {im!r:.80}')
+        return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+
 
 # %% ../nbs/01_predictor.ipynb #4e2615eb
 class Predictor:
     "A trained model with its classes and its crops"
     def __init__(self, model:LiftModel, # in eval mode, on its device
         about:dict, # of `_read_lift`
+        crop=None, # see `load_lift`
     ):
         self.model, self.about, self.classes, self.counts, images = model, about, about['classes'], about['counts'], about['images']
-        self.resolution, self.crop = images['resolution'], CenterCrop(images['resolution'], images['expand'])
+        self.resolution, self.max_value = images['resolution'], images.get('max_value')
+        self.crop = CenterCrop(self.resolution, images['expand']) if crop is None else _OwnCrop(crop, self.resolution)
         self.device = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
         self.mean, self.std = (torch.tensor(images[k], device=self.device).view(3, 1, 1) for k in ('mean', 'std'))
     def __repr__(self):
@@ -217,8 +229,8 @@ class Predictor:
     )->torch.Tensor: # (N, C), on the CPU
         "Return raw logits, a row for each image that was read"
         images, crop, out = _list_images(images), FiveCrops(self.resolution, expand) if tte else self.crop, []
-        for i in range(0, len(images), bs):
-            if not (x := list(_readable(images[i:i+bs], crop, i, skipped))): continue
+        for i in _progress(range(0, len(images), bs), 'Predicting'):
+            if not (x := list(_readable(images[i:i+bs], crop, i, self.max_value, skipped))): continue
             x = torch.stack(x).to(self.device).float()/255
             z = self.model(((x - self.mean)/self.std).flatten(0, -4))
             out.append((z.unflatten(0, (-1, 5)).mean(1) if tte else z).float().cpu())

@@ -9,12 +9,12 @@ import numpy as np, pytest
 from PIL import Image
 
 import lift_nb.data.benchmarks as benchmarks
-import lift_nb.data.downloads as fetching
+import lift_nb.core.downloads as fetching
 from lift_nb.core.errors import LiftError
 from lift_nb.data.benchmarks import BENCHMARKS, _LEVELS, _PINNED, benchmark, cifar100_lt, load_data, _read_names, _tar
 from lift_nb.data.loaders import dataloaders
 from lift_nb.data.dataset import shot_groups
-from lift_nb.data.downloads import _PinnedFile, _cache_dir, _fetch
+from lift_nb.core.downloads import _PinnedFile, _cache_dir, _fetch
 from lift_nb.data.lists import _as_text, _find_images, _read_list
 
 shared = Path(os.environ.get('LIFT_NB_SHARED', Path(__file__).parents[2]/'shared'))
@@ -63,9 +63,11 @@ def test_whole_and_once(web, tmp_path):
     for _ in range(2): assert get(web, tmp_path/'new'/'folder').read_bytes() == content
     assert web.asked == [0] and left(tmp_path/'new'/'folder') == ['list.txt']
 
-def test_cut_off_and_fetched_again(web, tmp_path):
-    web.plan = ['cut', '503']
-    assert get(web, tmp_path).read_bytes() == content and web.asked == [0]*3 and left(tmp_path) == ['list.txt']
+def test_cut_off_and_gone_on_with(web, tmp_path):
+    web.plan, half = ['cut', '503'], len(content)//2
+    assert get(web, tmp_path).read_bytes() == content and web.asked == [0, half, half] and left(tmp_path) == ['list.txt']
+    web.plan = ['cut', 'norange']
+    assert get(web, tmp_path/'other').read_bytes() == content and left(tmp_path/'other') == ['list.txt']
     web.plan = ['cut']*3
     with pytest.raises(LiftError, match='or came incomplete'): get(web, tmp_path/'new')
 
@@ -101,14 +103,14 @@ def test_no_network(tmp_path, monkeypatch):
     pin = _PinnedFile('http://127.0.0.1:9/list.txt', 1, right)
     with pytest.raises(LiftError, match=f"Could not fetch '{pin.url}': .*refused; put a copy of the file at"): _fetch(pin, tmp_path/'a', pause=0)
     def no_name(*args, **kwargs): raise URLError(socket.gaierror(-2, 'Name or service not known'))
-    monkeypatch.setattr(fetching, 'download_url_to_file', no_name)
+    monkeypatch.setattr(fetching, 'urlopen', no_name)
     with pytest.raises(LiftError, match='Name or service not known; put a copy'): _fetch(pin, tmp_path/'a', pause=0)
 
 def test_a_full_disk(web, tmp_path, monkeypatch):
     "What was there stays, what came goes"
     (tmp_path/'list.txt').write_bytes(b'damaged')
-    def full(url, path, *args, **kwargs): Path(path).write_bytes(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(fetching, 'download_url_to_file', full)
+    def full(answer, f): f.write(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(fetching.shutil, 'copyfileobj', full)
     with pytest.raises(LiftError, match=r"The disk of '.*' is full, list.txt needs 0.3 MB"): get(web, tmp_path)
     assert left(tmp_path) == ['list.txt'] and (tmp_path/'list.txt').read_bytes() == b'damaged'
 

@@ -1,5 +1,5 @@
 "The command line: every shape of line that the original's experiments have, both vocabularies, and garbage"
-import os, subprocess, sys
+import os, subprocess, sys, traceback
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -276,7 +276,7 @@ def test_checkpoints_of_the_original(modules, head, small, tmp_path, capsys):
     words = [w for k, v in o.items() for w in (k, v)] + ['test_only', 'True', 'model_dir', f'{tmp_path}/theirs', 'output_dir', f'{tmp_path}/test', 'v.aft_seed', '1', 'l.aft_seed', '1']
     assert main(words) == 0 # the entries that aft trains are those of the file, whatever the seed
     assert run(tmp_path/'again', test_only=True, model_dir=tmp_path/'theirs', **o, **small)['per_class'] == trained['per_class']
-    assert f"overall {trained['overall']:.2f}" in capsys.readouterr().out
+    assert f"accuracy %{trained['overall']:>12.1f}" in capsys.readouterr().out
     assert 'does not fit' in (main(['-m', 'lp', 'modules', 'ssf', *words[words.index('test_only'):-4]]), capsys.readouterr().err)[1]
 
 def test_a_reader_that_goes_away():
@@ -284,3 +284,18 @@ def test_a_reader_that_goes_away():
     p = subprocess.Popen([sys.executable, '-m', 'lift_nb', '--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     p.stdout.close()
     assert 'Error' not in p.stderr.read() and p.wait() == 0
+
+def test_few_functions_between_a_setting_and_its_use(tmp_path, monkeypatch):
+    "Ours that are at work when tau reaches the loss: at most ten at both doors"
+    from lift_nb.learner import lift_plus_learner
+    from lift_nb.training.losses import LogitAdjustment
+    class Found(Exception): pass
+    def note(self, counts, tau):
+        frames = [f.f_code for f, _ in traceback.walk_stack(None) if 'lift_nb' in f.f_globals.get('__name__', '').split('.')[:1]]
+        raise Found(tau, [f.co_name for f in frames if f.co_name != '<lambda>' and f.co_filename.endswith('.py')])
+    monkeypatch.setattr(LogitAdjustment, '__init__', note)
+    doors = (lambda: lift_plus_learner('digits_lt', tau=1.5), lambda: main(['train', 'digits_lt', '--tau', '1.5', '--output_dir', str(tmp_path/'run')]))
+    for door in doors:
+        with pytest.raises(Found) as found: door()
+        tau, path = found.value.args
+        assert tau == 1.5 and len(path) + 1 <= 10, path

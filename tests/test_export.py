@@ -100,7 +100,7 @@ def test_existing_files_stay(tmp_path):
     path.write_text('mine')
     with pytest.raises(LiftError, match='exists already'): export_model(p, path, 'torch')
     assert path.read_text() == 'mine'
-    assert export_model(p, path, 'torch', overwrite=True, images=np.zeros((3, 9, 9), np.uint8)).images == 3
+    assert export_model(p, path, 'torch', overwrite=True, images=np.zeros((3, 9, 9, 3), np.uint8)).images == 3
 
 def test_learner_run_and_shell(tmp_path):
     "A learner, its file and the command line write the same model; fastai's model can be recorded as it is"

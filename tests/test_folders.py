@@ -10,8 +10,9 @@ from PIL import Image
 from lift_nb.core.errors import LiftError
 from lift_nb.data.loaders import dataloaders
 from lift_nb.data.dataset import LongTailData, from_arrays, long_tail_counts, long_tail_subset
-from lift_nb.data.lists import _clean_name, _in_order, _name_classes
-from lift_nb.data.folders import _split_classes, from_folder, make_long_tailed
+from lift_nb.data.lists import _clean_name, _in_order
+from lift_nb.data.splits import _name_classes, _split_classes
+from lift_nb.data.folders import from_folder, make_long_tailed
 from lift_nb.data.tables import _from_path, from_table
 from lift_nb.data.images import _all_image_facts, _image_facts_once, open_image
 from lift_nb.data.inspection import _print_report, inspect, _meaningless_names

@@ -1,6 +1,6 @@
 "Files and words from anybody: nothing but `LiftError` comes out, nothing is executed, the memory stays small. FUZZ=100 takes a hundred times as many examples"
 import copy, io, json, os, pickle, resource, struct, sys
-from pathlib import Path
+from dataclasses import fields
 
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -10,13 +10,14 @@ from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
 from lift_nb.data.dataset import digits_lt
 from lift_nb.experiments.run import _load_previous
-from lift_nb.core.files import _read_tensors, _write_tensors
+from lift_nb.core.files import _checksum, _read_tensors, _write_tensors
 from lift_nb.original.checkpoints import _read_original
 from lift_nb.learner import lift_plus_learner
-from lift_nb.original.options import _ORIGINAL, _RUN_OPTIONS
-from lift_nb.predictor import load_lift, _read_lift, save_lift
+from lift_nb.original.options import _ORIGINAL
+from lift_nb.models.saved import save_lift
+from lift_nb.predictor import load_lift, _read_lift
 from lift_nb.experiments.sweeps import TABLES
-from lift_nb.experiments.recipe import METHODS, _option_names
+from lift_nb.experiments.recipe import METHODS, RunSettings, _option_names
 
 MORE = float(os.environ.get('FUZZ', 1))
 def examples(n):
@@ -113,9 +114,8 @@ def test_deep_and_large_headers(file):
 def write_raw(path, texts):
     "A sealed file whose description is text as it stands"
     from safetensors.torch import save_file
-    from lift_nb.core.files import _checksum
     tensors = dict(a=torch.zeros(1))
-    save_file(tensors, path, metadata={'format': 'pt', **texts, 'sha256': seal(tensors, texts)})
+    save_file(tensors, path, metadata={'format': 'pt', **texts, 'sha256': _checksum(tensors, texts)})
 
 def places(about):
     "Every place of a description: (field,) and (field, key)"
@@ -219,7 +219,7 @@ odd = st.text(st.characters(), max_size=12) | st.text('[](){},:\'"\\\n\t\0-+*/.0
 hostile = st.sampled_from(['9'*5000, '-'+'9'*400, '9**9**9', '1e999', '-inf', 'nan', '['*500, '('*500, '{'*500, '[1,'*200, "__import__('os').system('touch executed')", 'range(10**9)',
     'range(999999)', 'list(range(1000000))', 'range(0,1,0)', "{'adaptformer': {'r': 10**9}}", "{'aft': {'r': nan}}", '{1: 2}', "b'x'", '1j', '...', '0x', '1_000', 'lambda: 0', '[]', '()', '{}',
     "''", '" "', '\0', '/'*300, '../..', '~', '$HOME', '`true`', '%s%n', '{0.__class__}', 'none', 'None', 'True', 'a'*10_000, 'ü'*400, "{'lora': {'layers': [" + '1,'*500 + ']}}'])
-options = st.sampled_from(sorted({*_option_names(), *_RUN_OPTIONS, *_ORIGINAL}))
+options = st.sampled_from(sorted({*_option_names(), *(f.name for f in fields(RunSettings)), *_ORIGINAL}))
 usual = st.sampled_from(['none', 'True', 'False', '0', '1', '2', '3', '0.5', '-1', '1e-3', '[0, 1]', '[-1]', 'range(2)', 'deep', 'shallow', 'adaptformer', 'lora+ssf', "{'lora': {'r': 2}}", "{'aft': {'loc': 'mlp'}}",
     'cosine', 'zero_shot', 'coop', 'coop+clip_adapter', 'text', 'LA', 'CE', 'convex', 'amp', 'fp16', 'bf16', 'auto', 'semantic', 'CosineClassifier', 'digits_lt', 'tiny_clip', 'clip_vit_b16', 'cpu', 'skip', 'end',
     'photo', 'X X {}', 'a photo of a {}.', '(.5, .5, .5)', '[1, 1, 1]', 'mlp', 'lift+', 'zs', *METHODS])

@@ -294,10 +294,11 @@ def test_prompts_cannot_be_exchanged(tmp_path):
 
 # --- the same network, wherever it comes from -------------------------------------------------------------------------
 def mechanisms(model):
-    "Classes of all modules, and the switches that decide how they compute"
-    switches = 'fused_attn', 'grad_checkpointing', 'precision', 'frozen_precision'
-    return [(n, type(m), *(getattr(m, s, None) for s in switches)) for n, m in model.named_modules()], \
-        {n: p.dtype for n, p in model.named_parameters()}
+    "Classes of all modules, the switches that decide how they compute, hooks, modes, types and places of tensors"
+    switches = 'fused_attn', 'grad_checkpointing', 'precision', 'frozen_precision', 'training'
+    hooks = [k for k in vars(torch.nn.Module()) if 'hook' in k]
+    modules = [(n, type(m), *(getattr(m, s, None) for s in switches), *(len(getattr(m, h) or ()) for h in hooks)) for n, m in model.named_modules()]
+    return modules, {n: (t.dtype, t.device, t.is_contiguous()) for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 @pytest.mark.parametrize('options', [dict(), dict(head='coop', modules='none')], ids=['classifier', 'text'])
@@ -307,7 +308,8 @@ def test_one_network_for_all_doors(tmp_path, precision, options):
     save_lift(tmp_path/'m.safetensors', learn); save_original(learn.model, tmp_path/'o.safetensors')
     text = dict(head=None, classnames=list(learn.data.classes), template='X X X X {}.') if options else {}
     found = [load_lift(tmp_path/'m.safetensors', device='cpu').model, load_original(tmp_path/'o.safetensors', 'tiny_clip', precision=precision, **text)]
-    for model in found: assert mechanisms(model) == mechanisms(learn.model)
+    for model in found: assert mechanisms(model.eval()) == mechanisms(learn.model.eval())
+    assert {n: p.requires_grad for n, p in found[1].named_parameters()} == {n: p.requires_grad for n, p in learn.model.named_parameters()}
 
 def test_change_of_precision():
     "A precision that is chosen later decides the attention too (197 tokens: fused under fp32, plain under bf16)"

@@ -11,7 +11,7 @@ from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
 from lift_nb.original.options import _parse_value
 from lift_nb.data.dataset import class_counts, long_tail_counts, long_tail_subset, shot_groups
-from lift_nb.data.folders import _split_classes
+from lift_nb.data.splits import _split_classes
 from lift_nb.models.heads import HEADS
 from lift_nb.training.losses import LogitAdjustment
 from lift_nb.evaluation.metrics import score_preds

@@ -107,7 +107,7 @@ def test_fit_lift_refuses_another_training(tmp_path, capsys):
     def relabelled(d): return replace(d, train_labels=np.where(np.arange(len(d.train_labels)) == 0, 1, d.train_labels))
     cases = {'seed': dict(seed=1), 'tau is 1.0 there and 2.0 here': dict(tau=2.), 'weight_decay is': dict(weight_decay=.1), 'momentum': dict(momentum=.8), 'scale': dict(scale=20.),
         'template': dict(template='a drawing of a {}.'), 'training images': dict(change=lambda d: replace(d, train_images=d.train_images[::-1].copy())),
-        'training labels': dict(change=relabelled), 'class names': dict(change=lambda d: replace(d, classes=d.classes[::-1])),
+        'training labels': dict(change=relabelled), 'class names': dict(change=lambda d: replace(d, class_names=d.class_names[::-1])),
         'frozen weights': dict(backbone=other), 'loss is': dict(loss='ce'), 'mda': dict(mda='linear')}
     for word, options in cases.items():
         with pytest.raises(LiftError, match=f'belong to another training: .*{word}'): fit(started(**options))

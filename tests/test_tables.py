@@ -189,7 +189,7 @@ def test_interrupted_and_continued(tmp_path):
     while not (done := list(tmp_path.glob('output/reproduce/*/result.json'))) and first.poll() is None: time.sleep(.1)
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=90)
-    assert first.returncode == 130 and err.splitlines()[-1] == 'lift_nb: interrupted', err
+    assert first.returncode == 130 and err.endswith(f"lift_nb: interrupted; go on with\n  python -m {' '.join(words[2:])}\n"), err
     assert done and not list(tmp_path.glob('output/reproduce/*/run.lock'))
     made = {f: f.stat().st_mtime_ns for f in done}
     again = subprocess.run(words[:-2], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/bench/01_speed.ipynb #2a76f699
-import statistics, subprocess, sys, tempfile, time
+import os, platform, statistics, subprocess, sys, tempfile, time
 from inspect import signature
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import open_clip
 import pandas as pd
 import torch
 from PIL import Image
+from huggingface_hub import CacheNotFound, scan_cache_dir
 from safetensors.torch import save_file
 from torch.optim import SGD
 from torchvision.transforms.v2 import functional as F
@@ -29,10 +30,12 @@ from ..models.backbones import create_backbone
 from ..models.heads import HEADS
 from ..models.features import _CachedFeatures
 from ..training.losses import LogitAdjustment
+from ..training.callbacks import EpochCosine
 from ..evaluation.metrics import _hits_by_class
 from ..experiments.recipe import resolve
 from ..models.model import LiftModel, compile_backbone
-from ..experiments.build import _FeatureRows, _build, _learner, _lift_dataloaders
+from ..models.saved import _package_versions
+from ..experiments.build import _FeatureRows, _build, _learner, _lift_dataloaders, _train_on_cached_features
 from .steps import _BENCHES, _machine, _time_once, _ratio, step_setup
 
 # %% ../../nbs/bench/01_speed.ipynb #d57bc7ec
@@ -111,7 +114,7 @@ def _bench_loading(n:int=128, # images
 def _probe(**options):
     "Build and train a linear probe on the digits"
     learn = _build(resolve(data='digits_lt', method='lp', mda='plain', init='class_mean', epochs=5, device='cpu', **options))
-    with learn.no_bar(), learn.no_logging(): learn.fit_lift()
+    with learn.no_bar(), learn.no_logging(), _train_on_cached_features(learn): learn.fit(5, cbs=EpochCosine())
 
 def _bench_features(n:int=5)->dict: # pairs
     "A linear probe on cached features over one that computes them"
@@ -181,3 +184,18 @@ def _bench_all(names=(*_BENCHES, *_SPEEDS), # of benchmarks
         say(f'measuring {name} …')
         rows += [dict(benchmark=name, what=k, value=v) for k, v in _measured(name).items()]
     return pd.DataFrame(rows).assign(machine=_machine())
+
+# %% ../../nbs/bench/01_speed.ipynb #e4f10002
+def _cached_weights()->str:
+    "Return which weights lie in Hugging Face's cache"
+    try: repos = [r for r in scan_cache_dir().repos if r.repo_type == 'model']
+    except (CacheNotFound, OSError): repos = []
+    found = ', '.join(sorted(f'{r.repo_id} ({r.size_on_disk/1e6:,.0f} MB)' for r in repos)) or 'none'
+    offline = any(os.environ.get(v) for v in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE'))
+    return f"{found}; {'no others, as HF_HUB_OFFLINE is set' if offline else 'others are downloaded from huggingface.co when they are used'}"
+
+def _environment()->dict: # label → text
+    "Return versions, system, processor, threads and weights"
+    threads = ', '.join(f'{v}={os.environ[v]}' for v in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_WAIT_POLICY') if v in os.environ)
+    gpus = ', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or 'none'
+    return {**_package_versions(), 'system': platform.platform(), 'machine': _machine(), 'GPU': gpus, 'threads': threads, 'weights': _cached_weights()}

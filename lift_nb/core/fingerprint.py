@@ -145,8 +145,8 @@ def _(x, h): h.add(x.func, x.args, x.keywords)
 def _(x, h): h.add([m.implementation for m in x.methods]) # a function that fastai has made a transform of
 
 # %% ../../nbs/core/04_fingerprint.ipynb #4192e6ba
-_NO_SETTINGS = {*vars(nn.Module()), '_compiled_call_impl', '__signature__', '__stored_args__', # how it is made
-    'training', 'fused_attn', 'grad_checkpointing', 'kept', 'kept_for'} # how it is computed, or what was computed before
+_NO_SETTINGS = {*vars(nn.Module()), *nn.Module.__annotations__, '__signature__', '__stored_args__', # how it is made
+    'training', 'fused_attn', 'grad_checkpointing', 'kept', 'kept_for'} - {'forward'} # how it is computed, or what was computed before
 
 def _settings(x)->dict: # name → value
     "The attributes of an object that decide what it does"

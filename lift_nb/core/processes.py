@@ -34,10 +34,6 @@ def is_main()->bool:
     "Is it this process that writes and speaks?"
     return _rank() == 0
 
-def _barrier():
-    "Wait until every process is here"
-    if is_distributed(): dist.barrier()
-
 def _unwrap(model:nn.Module)->nn.Module:
     "The model itself, also when it is wrapped for several processes"
     return model.module if isinstance(model, DistributedDataParallel) else model

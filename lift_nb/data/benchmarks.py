@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR100
 from ..core.errors import LiftError, _lookup
 from ..core.catalog import DATASETS
 from .dataset import LongTailData, digits_lt, from_arrays, long_tail_counts, long_tail_subset, shot_groups
-from .downloads import _PinnedFile, _cache_dir, _fetch
+from ..core.downloads import _PinnedFile, _cache_dir, _fetch
 from .folders import from_folder
 from .tables import _from_path, from_table
 from .lists import _as_text, _find_images, _open_text, _read_list, _usable_root

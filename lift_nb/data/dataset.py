@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ..core.errors import LiftError
-from .images import _check_shape, _scaled
+from .images import _check_shape
 
 # %% ../../nbs/data/01_dataset.ipynb #e55bb0bc
 def class_counts(labels, # (N,) integer labels
@@ -135,16 +135,17 @@ def _check_range(images, # array
 def _checked_images(images, # array, tensor or sequence
     max_value:float|None, # value of white
 ):
-    "Images in memory, numbers wider than 8 bits scaled to 8; raises `LiftError` for shapes and ranges that are ambiguous"
+    "Images in memory, which opening scales to 8 bits; raises `LiftError` for shapes and ranges that are ambiguous"
     if not hasattr(images, 'dtype'): return images
     images = np.asarray(images)
     if images.dtype.kind not in 'biuf': return images # paths
     _check_shape(images.shape[1:])
     _check_range(images, max_value)
-    if max_value is None: return images
-    out = np.empty(images.shape, np.uint8)
-    for i, x in enumerate(images): out[i] = _scaled(x, max_value)
-    return out
+    lo, hi = images.min(initial=0), images.max(initial=0)
+    scaled = max_value is not None and (images.dtype != np.uint8 or max_value < 255)
+    if scaled and not 0 <= lo <= hi <= max_value:
+        raise LiftError(f'The pixels reach from {lo:g} to {hi:g}, and max_value is {max_value:g}')
+    return images
 
 def from_arrays(train_images, # (N, H, W[, 1, 3 or 4]) array or tensor, or a list of paths or PIL images
     train_labels, # (N,) integers, or (N, C) one-hot

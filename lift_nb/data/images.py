@@ -6,7 +6,8 @@
 __all__ = ['open_image']
 
 # %% ../../nbs/data/00_images.ipynb #e827b394
-import os, re, sys
+import os, re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from hashlib import blake2b
@@ -17,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import chunked
-from fastcore.parallel import parallel
 
 from ..core.errors import LiftError
+from ..core.screen import _progress
 
 # %% ../../nbs/data/00_images.ipynb #18a419cb
 _TURNS = dict(zip(range(2, 9), [Image.Transpose[t] for t in
@@ -68,12 +69,12 @@ def _check_shape(shape, # of one image
         ('; move its channels to the end' if first else '; reshape rows of pixels' if len(shape) == 1 else ''))
 
 def _array_image(x, # (H, W) or (H, W, 1, 3 or 4): uint8, uint16 or bool; other numbers with `max_value`
-    max_value:float|None=None, # value of white in arrays wider than 8 bits
+    max_value:float|None=None, # value of white in arrays wider than 8 bits, and below 255 in those of 8 bits
 )->Image.Image:
     "An array or tensor as a Pillow image; raises `LiftError` for other shapes, and for ranges that nobody can know"
     x = np.asarray(x)
     _check_shape(x.shape)
-    wide = x.dtype.kind in 'iuf' and x.dtype != np.uint8
+    wide = x.dtype.kind in 'iuf' and (x.dtype != np.uint8 or max_value is not None and max_value < 255)
     if wide and (max_value is not None or x.dtype.kind == 'u' and x.itemsize == 2): x = _scaled(x, max_value)
     if x.dtype not in (np.uint8, np.bool_):
         raise LiftError(f'pixels must be uint8, uint16 or bool, not {x.dtype}, or max_value must name the value of white')
@@ -95,6 +96,7 @@ def _open_file(x, # path, or open file
     Image.init()
     im = Image.open(x, formats=[f for f in _FORMATS if f in Image.OPEN])
     if Image.MAX_IMAGE_PIXELS and im.width*im.height > Image.MAX_IMAGE_PIXELS: raise _too_large(f'{im.width*im.height/1e6:.0f}')
+    im.filename = '' # or Pillow maps an uncompressed TIFF into memory, whose rows it takes for as long as its columns when it lies on its side
     return im
 
 def _opened(x, # path, bytes, open file, array, tensor or PIL image
@@ -121,7 +123,8 @@ def _printable(text)->str:
 
 def _image_label(x)->str:
     "What to call an image in a sentence"
-    return _printable(x) if isinstance(x, (str, Path)) else f'{type(x).__name__} of shape {np.shape(x)}'
+    if isinstance(x, (str, Path)): return _printable(x)
+    return f'{type(x).__name__} of shape {np.shape(x)}' if hasattr(x, 'shape') else _printable(getattr(x, 'name', type(x).__name__))
 
 _NEEDS_HEIF = ('HEIC is not among the formats of Pillow: save it as JPEG, or install pillow-heif '
     'and call pillow_heif.register_heif_opener() first')
@@ -209,7 +212,9 @@ def _all_image_facts(images, # paths, arrays or PIL images
 )->list: # of `_ImageFacts`
     "Look at many images in parallel"
     def some(xs): return [_image_facts_once(x, decode, max_value) for x in xs]
-    chunks, n = list(chunked(list(images), 64)), min(16, os.cpu_count() or 1) if n_workers is None else n_workers
-    shown = sys.stdout.isatty() or 'ipykernel' in sys.modules and 'IN_TEST' not in os.environ
-    found = parallel(some, chunks, n_workers=n, threadpool=True, progress=len(chunks) > 30 and shown)
-    return [l for ls in found for l in ls]
+    images = list(images)
+    chunks, n = list(chunked(images, 64)), min(16, os.cpu_count() or 1) if n_workers is None else n_workers
+    if not n: return some(images)
+    with ThreadPoolExecutor(n) as pool:
+        found = _progress(pool.map(some, chunks), f'Reading {len(images):,} images', len(chunks))
+        return [facts for chunk in found for facts in chunk]

@@ -16,10 +16,12 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import LiftError
+from ..core.screen import _say
 from .images import _all_image_facts
 from .dataset import LongTailData, plot_counts, shot_groups
 from .lists import _notes_about
-from .folders import _shorter, from_folder
+from .splits import _shorter
+from .folders import from_folder
 from .tables import _from_path, from_table
 from .benchmarks import DATASETS, load_data
 
@@ -208,4 +210,4 @@ def _print_report(data, # folder, table, or a name of `DATASETS`
             plot_report(report).figure.savefig(file, dpi=150, bbox_inches='tight')
     except OSError as e: raise LiftError(f"Cannot write the picture '{file}': {e.strerror}") from None
     plt.close()
-    print(report, f'\npicture: {file.resolve()}', sep='\n')
+    _say(report, f'\nPicture: {file.resolve()}')

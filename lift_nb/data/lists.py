@@ -161,55 +161,99 @@ def _read_classes(file, # .txt, .json or .csv
     try: return json.loads(text)
     except (ValueError, RecursionError) as e: raise LiftError(f"The class names '{file}' are not JSON: {_printable(e)}") from None
 
-# %% ../../nbs/data/02_lists.ipynb #d7dd22c3
-def _by_first_word(found, # (C) names of the folders
-    names, # lines, perhaps `folder name`
-)->dict|None: # found → name; None when the lines are not of that kind
-    "Names from lines that begin with the folder that they name"
-    pairs = dict(n.split(' ', 1) for n in names if ' ' in n)
-    return {f: pairs[f] for f in found} if found and set(found) <= set(pairs) else None
+# %% ../../nbs/data/02_lists.ipynb #c6fe3f57
+_image_suffixes = set('''.jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .tif .tiff .webp .avif .jp2 .j2k
+    .ppm .pgm .pbm .pnm .tga .ico .qoi .heic .heif'''.split())
+_SYSTEM = set('__macosx @eadir @tmp @recycle #recycle #snapshot $recycle.bin recycler lost+found __pycache__'.split()) | {
+    'system volume information', 'temporary items', 'network trash folder'}
 
-def _by_number(found, # (C) numbers in order
-    names, # more names than the largest number, or as many
-)->dict|None: # found → name; None: the list is not meant by number
-    "Names of classes that are numbers; raises `LiftError` when the first name may belong to 0 or to 1"
-    if not all(f.isdecimal() for f in found) or int(found[-1]) >= len(names): return None
-    if found[0] != '0' and int(found[0]) == 1:
-        raise LiftError(f'The classes {_examples(found, 3)} and {len(names)} names ({_examples(names, 3)}) may be counted from 0 or from 1; '
-            f'give class_names as a mapping, such as {{{found[0]!r}: {names[0]!r}, …}}')
-    return {f: names[int(f)] for f in found}
+def _is_hidden(name:str)->bool:
+    "A file or folder that no person put there?"
+    return name.startswith('.') or name.lower() in _SYSTEM
 
-def _name_list(found, # (C) names of the folders, in order
-    names, # list of class names
-): # found → name, in label order; were they matched by position?
-    "What a list of names says about what is found; raises `LiftError` when it does not fit"
-    if len(set(names)) == len(names) and set(found) <= set(names): return {n: n for n in names if n in set(found)}, False
-    if by_word := _by_first_word(found, names): return by_word, False
-    if by_number := _by_number(found, names): return by_number, True
-    if len(found) == len(names): return dict(zip(found, names)), True
-    raise LiftError(f'{len(names)} class names ({_examples(names, 3)}) were given for {len(found)} classes ({_examples(found, 3)})')
+def _is_image(name:str)->bool:
+    "Does the name end like an image's?"
+    return os.path.splitext(name)[1].lower() in _image_suffixes
 
-# %% ../../nbs/data/02_lists.ipynb #263568b7
-def _name_mapping(found, # (C) names of the folders, in order
-    classes:dict, # folder → name, or number → [folder, name]
-)->dict: # found → name
-    "What a mapping says about what is found; raises `LiftError` when it lacks a class"
-    names = {_clean_name(k): _clean_name(v[-1] if isinstance(v, (list, tuple)) and v else v) for k, v in classes.items()}
-    names |= {_clean_name(v[0]): _clean_name(v[-1]) for v in classes.values() if isinstance(v, (list, tuple)) and len(v) == 2}
-    missing = [f for f in found if not names.get(f)]
-    if missing: raise LiftError(f'The class names lack {len(missing)} of {len(found)} classes: {_examples(missing)}')
-    return {f: names[f] for f in found}
+def _refuse_folder(e:OSError):
+    "Raise a `LiftError` that says which folder cannot be read"
+    raise LiftError(f"Cannot read the folder '{_printable(e.filename)}': {e.strerror}") from None
 
-def _name_classes(found, # names of the folders, or labels of a table
-    classes=None, # None, a list, an array, a mapping, or a file with one of them
-): # found → name for the prompts, in label order; list of notes
-    "The classes' order and names; raises `LiftError` when `classes` does not fit"
-    found = _in_order(found)
-    if classes is None: return dict(zip(found, found)), []
-    if isinstance(classes, (str, Path)): classes = _read_classes(classes)
-    if isinstance(classes, dict): names, guessed = _name_mapping(found, classes), False
-    elif not isinstance(classes, (list, tuple)) and not hasattr(classes, 'tolist'):
-        raise LiftError(f'Class names are a list, a mapping or a file, not {type(classes).__name__}')
-    else: names, guessed = _name_list(found, [_clean_name(c) for c in getattr(classes, 'tolist', lambda: classes)()])
-    pairs = [f'{f} = {n}' for f, n in names.items() if f != n]
-    return names, _notes_about('Class names by position' if guessed else 'Class names', pairs, 12 if guessed else 5)
+def _subfolders(path)->list:
+    "The visible folders in a folder, sorted"
+    try: return sorted(d for d in Path(path).iterdir() if d.is_dir() and not _is_hidden(d.name))
+    except OSError as e: _refuse_folder(e)
+
+def _image_files(folder): # paths of images, paths of other files
+    "What lies below a folder, sorted; a link that leads back up is not followed"
+    images, others, seen, start = [], [], set(), os.path.realpath(folder)
+    for here, dirs, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(here)
+        above = real != start and f'{start}{os.sep}'.startswith(real.rstrip(os.sep) + os.sep)
+        new = real not in seen and not above
+        seen.add(real)
+        dirs[:] = [d for d in dirs if new and not _is_hidden(d)]
+        for f in files:
+            if new and not _is_hidden(f): (images if _is_image(f) else others).append(os.path.join(here, f))
+    return sorted(images), sorted(others)
+
+# %% ../../nbs/data/02_lists.ipynb #5ca0f779
+def _spellings(path:str):
+    "The ways in which a path may be written on the disk, one after the other"
+    yield path
+    for p in dict.fromkeys((path.strip(), path.strip().replace('\\', '/'))):
+        yield from (p, normalize('NFC', p), normalize('NFD', p))
+
+class _Files:
+    "The files below a folder; each subfolder is listed once, when it is asked for"
+    def __init__(self, root): self.root, self.listed, self.stems = str(root), {}, {}
+    def names(self, folder:str)->set: # below the root
+        if folder not in self.listed:
+            try:
+                with os.scandir(os.path.join(self.root, folder) or '.') as entries: self.listed[folder] = {e.name for e in entries if e.is_file()}
+            except (OSError, ValueError): self.listed[folder] = set()
+        return self.listed[folder]
+    def with_suffix(self, folder:str)->dict: # stem → names of images
+        if folder not in self.stems:
+            self.stems[folder] = {}
+            for n in filter(_is_image, self.names(folder)): self.stems[folder].setdefault(os.path.splitext(n)[0], []).append(n)
+        return self.stems[folder]
+    def find(self, path:str # of a table
+    )->str|None: # None when there is no such file, or no single one
+        for folder, name in map(os.path.split, _spellings(path)):
+            if name in self.names(folder): return os.path.normpath(os.path.join(self.root, folder, name))
+            if len(found := self.with_suffix(folder).get(name, [])) == 1: return os.path.normpath(os.path.join(self.root, folder, found[0]))
+
+def _find_deeper(root, # folder of the table or of the user
+    paths, # bare names, none of which lies in the root itself
+)->list: # of paths, None for what is not found or found twice
+    "Look for names, with or without suffix, in all folders below a root"
+    by_name = {}
+    for f in _image_files(root)[0]:
+        for n in {os.path.basename(f), os.path.splitext(os.path.basename(f))[0]}: by_name.setdefault(n, []).append(f)
+    found = [by_name.get(p.strip(), []) for p in paths]
+    return [f[0] if len(f) == 1 else None for f in found]
+
+def _locate(paths, # (N,) of a table
+    root, # folder where relative paths start
+    deeper:bool, # look below the root too?
+): # list of N paths or None, list of notes
+    "The files that paths mean"
+    look = _Files(root)
+    found, notes = [look.find(p) for p in paths], []
+    if deeper and not any(found) and all(os.path.basename(p) == p for p in paths) and os.path.isdir(root):
+        found = _find_deeper(root, paths)
+        notes = _notes_about('Files found in folders below the root', [p for p, f in zip(paths, found) if f])
+    above = [p for p, f in zip(paths, found) if f and '..' in p and not f.startswith(os.path.normpath(root) + os.sep)]
+    return found, [*notes, *_notes_about(f"Files outside '{_printable(root)}'", above)]
+
+# %% ../../nbs/data/02_lists.ipynb #3d5e0066
+def _refuse_lost(lost, # paths that no file has
+    n:int, # rows
+    folder, # where they were looked for
+):
+    "Raise a `LiftError` that says what may be wrong with paths"
+    bare = sum(not _is_image(p.strip("'").strip()) for p in lost)
+    why = ' (they have no suffix such as .jpg)' if bare == len(lost) else ' (with backslashes, as Windows writes them)' if '\\' in lost[0] else ''
+    raise LiftError(f"{len(lost)} of {n} files do not exist below '{_printable(folder)}': {_examples(lost, 3)}{why}; "
+        'name the folder where they lie with root, or leave them out with skip_corrupt=True')

@@ -9,7 +9,6 @@ __all__ = ['from_table']
 import os, re
 from io import StringIO
 from pathlib import Path
-from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -18,8 +17,9 @@ from fastcore.meta import delegates
 from ..core.errors import LiftError
 from .images import _printable
 from .dataset import LongTailData
-from .lists import _clean_name, _delimiter, _examples, _in_order, _notes_about, _read_text
-from .folders import _assemble_data, _image_files, _is_image, _split_word, from_folder
+from .lists import _clean_name, _delimiter, _examples, _in_order, _is_image, _locate, _notes_about, _read_text, _refuse_lost
+from .splits import _assemble_data
+from .folders import _split_word, from_folder
 
 # %% ../../nbs/data/05_tables.ipynb #f3c642ad
 def _list_rows(file, # .txt, or a table without header
@@ -215,56 +215,6 @@ def _once(rows:pd.DataFrame, # path, label, file …
     once = rows.drop_duplicates(facts)
     return once, _notes_about('Rows that repeat another, left out', sorted(set(rows.path[rows.duplicated(facts)])))
 
-# %% ../../nbs/data/05_tables.ipynb #5ca0f779
-def _spellings(path:str):
-    "The ways in which a path may be written on the disk, one after the other"
-    yield path
-    for p in dict.fromkeys((path.strip(), path.strip().replace('\\', '/'))):
-        yield from (p, normalize('NFC', p), normalize('NFD', p))
-
-class _Files:
-    "The files below a folder; each subfolder is listed once, when it is asked for"
-    def __init__(self, root): self.root, self.listed, self.stems = str(root), {}, {}
-    def names(self, folder:str)->set: # below the root
-        if folder not in self.listed:
-            try:
-                with os.scandir(os.path.join(self.root, folder) or '.') as entries: self.listed[folder] = {e.name for e in entries if e.is_file()}
-            except (OSError, ValueError): self.listed[folder] = set()
-        return self.listed[folder]
-    def with_suffix(self, folder:str)->dict: # stem → names of images
-        if folder not in self.stems:
-            self.stems[folder] = {}
-            for n in filter(_is_image, self.names(folder)): self.stems[folder].setdefault(os.path.splitext(n)[0], []).append(n)
-        return self.stems[folder]
-    def find(self, path:str # of a table
-    )->str|None: # None when there is no such file, or no single one
-        for folder, name in map(os.path.split, _spellings(path)):
-            if name in self.names(folder): return os.path.normpath(os.path.join(self.root, folder, name))
-            if len(found := self.with_suffix(folder).get(name, [])) == 1: return os.path.normpath(os.path.join(self.root, folder, found[0]))
-
-def _find_deeper(root, # folder of the table or of the user
-    paths, # bare names, none of which lies in the root itself
-)->list: # of paths, None for what is not found or found twice
-    "Look for names, with or without suffix, in all folders below a root"
-    by_name = {}
-    for f in _image_files(root)[0]:
-        for n in {os.path.basename(f), os.path.splitext(os.path.basename(f))[0]}: by_name.setdefault(n, []).append(f)
-    found = [by_name.get(p.strip(), []) for p in paths]
-    return [f[0] if len(f) == 1 else None for f in found]
-
-def _locate(paths, # (N,) of a table
-    root, # folder where relative paths start
-    deeper:bool, # look below the root too?
-): # list of N paths or None, list of notes
-    "The files that paths mean"
-    look = _Files(root)
-    found, notes = [look.find(p) for p in paths], []
-    if deeper and not any(found) and all(os.path.basename(p) == p for p in paths) and os.path.isdir(root):
-        found = _find_deeper(root, paths)
-        notes = _notes_about('Files found in folders below the root', [p for p, f in zip(paths, found) if f])
-    above = [p for p, f in zip(paths, found) if f and '..' in p and not f.startswith(os.path.normpath(root) + os.sep)]
-    return found, [*notes, *_notes_about(f"Files outside '{_printable(root)}'", above)]
-
 # %% ../../nbs/data/05_tables.ipynb #3b27681c
 def _split_of(word:str, # what a table says of a row
     column, # its column's name
@@ -346,16 +296,6 @@ def from_table(table, # path of a .csv or .tsv file or of a list (.txt), or a `D
     groups = dict(zip(rows.file, rows.group)) if cols['group'] is not None else None
     notes = [*said, *read, *empty, *where, *_notes_about('Files that do not exist, left out', lost), *twice, *more]
     return _assemble_data(train, test, name or (file.stem if file else 'table'), folder, notes, groups, **kwargs)
-
-def _refuse_lost(lost, # paths that no file has
-    n:int, # rows
-    folder, # where they were looked for
-):
-    "Raise a `LiftError` that says what may be wrong with paths"
-    bare = sum(not _is_image(p.strip("'").strip()) for p in lost)
-    why = ' (they have no suffix such as .jpg)' if bare == len(lost) else ' (with backslashes, as Windows writes them)' if '\\' in lost[0] else ''
-    raise LiftError(f"{len(lost)} of {n} files do not exist below '{_printable(folder)}': {_examples(lost, 3)}{why}; "
-        'name the folder where they lie with root, or leave them out with skip_corrupt=True')
 
 # %% ../../nbs/data/05_tables.ipynb #b3f22648
 def _from_path(path, # folder of images, or a .csv or .tsv file, or a list (.txt)

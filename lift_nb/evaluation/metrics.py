@@ -70,16 +70,19 @@ def score_preds(preds, # (N, C) logits or probabilities, or (N,) predicted class
     return _scores(*_hits_by_class(preds, targs, len(counts)), counts, many, few)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #b9d6d96e
-class _NoScore(str):
-    "The dash of an empty group; raises `LiftError` when it is compared or computed with"
-    def __new__(cls, field:str): # the score's name
-        self = super().__new__(cls, '–')
+class _NoScore(float):
+    "NaN, printed as a dash: the score of an empty group; raises `LiftError` when it is compared or computed with"
+    def __new__(cls, value=float('nan'), field:str='few'): # the score's name
+        self = super().__new__(cls, value)
         self.field = field
         return self
+    def __str__(self): return '–'
+    def __format__(self, spec): return '–'
+    __repr__ = __str__
     def _refuse(self, *_, **__):
         raise LiftError(f"The score '{self.field}' is empty: no class of that group was tested, "
             'so that nothing can be monitored by it; choose overall, mean_class or another group')
-    __lt__ = __le__ = __gt__ = __ge__ = __sub__ = __rsub__ = __add__ = __radd__ = __neg__ = __float__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __sub__ = __rsub__ = __add__ = __radd__ = __neg__ = _refuse
     __array_ufunc__ = _refuse # NumPy's comparisons
 
 class _GroupAccuracy(Metric):
@@ -98,9 +101,9 @@ class _GroupAccuracy(Metric):
     @property
     def value(self):
         t = self.tally
-        if isinstance(t.seen, int): return _NoScore(self.field)
+        if isinstance(t.seen, int): return _NoScore(field=self.field)
         v = getattr(_scores(t.hits.cpu(), t.seen.cpu(), self.counts, **self.thresholds), self.field)
-        return _NoScore(self.field) if v is None else v
+        return _NoScore(field=self.field) if v is None else v
     @property
     def name(self): return self.field
 

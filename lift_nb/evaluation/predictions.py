@@ -17,7 +17,7 @@ import torch
 
 from ..core.errors import LiftError
 from ..core.files import _atomic_write
-from ..data.folders import _examples
+from ..data.lists import _examples
 from .significance import compare_paired
 
 # %% ../../nbs/evaluation/02_predictions.ipynb #2a745292

@@ -16,19 +16,20 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import noop
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.callback.training import GradientClip
 from fastai.data.transforms import Normalize, ToTensor
 from fastai.learner import Learner
-from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fasttransform import Pipeline
 
-from ..core.errors import LiftError, _lookup, _nearest
+from ..core.errors import LiftError, _lookup
+from ..core.screen import _wants_progress
 from ..core.catalog import LOSSES
 from ..core.processes import is_distributed
 from ..data.dataset import LongTailData, class_counts, long_tail_subset
-from ..data.lists import _read_classes
+from ..data.splits import _name_classes
 from ..data.benchmarks import load_data
 from ..data.loaders import SeededDL, dataloaders
 from ..data.crops import CenterCrop, FiveCrops, MinimalistCrop, train_crop
@@ -39,7 +40,7 @@ from ..models.features import FeatureCache, _CachedFeatures
 from ..models.model import LiftModel, assemble, compile_backbone
 from ..training.losses import CrossEntropy, LogitAdjustment
 from ..training.callbacks import (AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, FrozenEval, ScaleLoss,
-    StopOnNonFinite, WatchLoss, _SmoothLoss)
+    StopOnNonFinite, WatchLoss, _PlainTensors, _SmoothLoss, _sgd)
 from ..training.checkpoints import _random_state, _set_random_state
 from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
@@ -75,20 +76,6 @@ def _load(r:Recipe # resolved
 def _reads_names(r:Recipe)->bool:
     "Return whether the reader of the data gives the classes their names: they are called by folders or words of a table"
     return _kind(r.data) in ('folder', 'table')
-
-def _given_names(given, # list, dict, array or path
-    classes, # C names of the data
-)->list: # C names
-    "Return the class names for the prompts; raises `LiftError` unless there is one for each class"
-    if isinstance(given, (str, os.PathLike)): given = _read_classes(given)
-    if isinstance(given, dict):
-        if unknown := [k for k in given if str(k) not in classes]:
-            raise LiftError(f'There is no class {unknown[0]!r:.80} to be named; choose from {_nearest(unknown[0], classes)}')
-        return [str({str(k): v for k, v in given.items()}.get(c, c)) for c in classes]
-    try: names = [str(n) for n in given]
-    except TypeError: raise LiftError(f'Class names are a list, a dict from class to name, or a file, not {given!r:.80}') from None
-    if len(names) != len(classes): raise LiftError(f'{len(names)} class names were given for {len(classes)} classes')
-    return names
 
 # %% ../../nbs/experiments/01_build.ipynb #2635ac2b
 def _lift_dataloaders(data:LongTailData, # training and test images
@@ -202,7 +189,7 @@ def _callbacks(r:Recipe, # crop schedule, precision
     crops = [t for t in getattr(dls.train.after_item, 'fs', []) if isinstance(t, MinimalistCrop)]
     schedule = [CropSchedule(crops[0], r.mda)] if crops and r.mda else []
     asked = [*([AccumulateGradients(accum_step)] if accum_step > 1 else []), *([GradientClip(r.clip_grad)] if r.clip_grad else [])]
-    return [FrozenEval(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(r.nonfinite), WatchLoss(), *schedule, *asked]
+    return [FrozenEval(), _PlainTensors(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(r.nonfinite), WatchLoss(), *schedule, *asked]
 
 def _learner(dls:DataLoaders, # training and test set
     model:LiftModel, # backbone, adapters and head
@@ -215,11 +202,14 @@ def _learner(dls:DataLoaders, # training and test set
 )->Learner:
     "Return a fastai `Learner` with the method's optimizer, loss, metrics and callbacks"
     loss_func, loss_cbs = _loss(r.loss, counts, tau=r.tau, scale=getattr(model.head, 'scale', 25.))
-    opt = partial(SGD, mom=r.momentum, decouple_wd=False) # weight decay as in torch.optim.SGD
-    learn = Learner(dls, model, loss_func, opt, lr=r.lr, splitter=_trainable_groups, wd=r.weight_decay, wd_bn_bias=True, train_bn=False,
-        metrics=[*group_metrics(counts, r.many, r.few), *metrics], cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
+    optimizer = dict(opt_func=partial(_sgd, mom=r.momentum), lr=r.lr, wd=r.weight_decay, wd_bn_bias=True, splitter=_trainable_groups)
+    learn = Learner(dls, model, loss_func, **optimizer, train_bn=False, metrics=[*group_metrics(counts, r.many, r.few), *metrics],
+        cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
     learn.recipe, learn.counts, learn.accum_step = r, counts, accum_step
     learn.recorder.smooth_loss = _SmoothLoss()
+    if not _wants_progress():
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
     return learn
 
 # %% ../../nbs/experiments/01_build.ipynb #29fda01e
@@ -264,8 +254,11 @@ def _inputs(r:Recipe, # resolved
     return data, _backbone(r, pretrained)
 
 def _names(r, data, dls)->list: # C class names for the prompts
-    classes = list(data.classes if data else map(str, dls.vocab))
-    return classes if r.class_names is None or _reads_names(r) else _given_names(r.class_names, classes)
+    "Return the class names for the prompts; raises `LiftError` unless there is one for each class"
+    classes = list(data.class_names if data else map(str, dls.vocab))
+    if r.class_names is None or _reads_names(r): return classes
+    names, _ = _name_classes(classes, r.class_names, rename=True)
+    return [names[c] for c in classes]
 
 def _build(r:Recipe, # resolved
     inputs:tuple|None=None, # of `_inputs`; None: they are made

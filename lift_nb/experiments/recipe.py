@@ -7,7 +7,7 @@ __all__ = ['Recipe', 'RunSettings', 'resolve', 'run_name', 'settings_table']
 
 # %% ../../nbs/experiments/00_recipe.ipynb #eec546b9
 import math, os, re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import get_args
@@ -17,8 +17,10 @@ from ..core.catalog import (ADAPTERS, BACKBONES, DATASETS, HEADS, INITS, LOSSES,
     _CONTEXTS, _CROPS, _NONFINITE, _PRECISIONS, _is_text_head)
 
 # %% ../../nbs/experiments/00_recipe.ipynb #7e8b97ca
-_POSITIVE = (lambda v: v > 0, 'above 0')
-_NOT_NEGATIVE = (lambda v: v >= 0, 'at least 0')
+_POSITIVE = (lambda v: 0 < v <= 1e12, 'above 0 and at most 1e12') # what float32 can compute with
+_NOT_NEGATIVE = (lambda v: 0 <= v <= 1e12, 'at least 0 and at most 1e12')
+_RESOLUTION = (lambda v: 0 < v <= 2048, 'above 0 and at most 2048')
+_MARGIN = (lambda v: 0 <= v <= 2048, 'at least 0 and at most 2048')
 _SEED = (lambda v: 0 <= v < 2**32, 'at least 0 and below 2**32')
 _FRACTION = (lambda v: 0 < v < 1, 'between 0 and 1')
 _STEPS = (lambda v: v == 'auto' or not isinstance(v, str) and v > 0, "above 0 or 'auto'")
@@ -167,7 +169,7 @@ class _Source:
     checkpoint: str|None = _setting(None, 'Backbone', "local file of the backbone's weights", named=False)
     features: str|None = _setting(None, 'Backbone', 'folder of cached features of frozen backbones; none: computed each time', needs=_CROPPED,
         decides=False, named=False)
-    resolution: int|None = _setting(None, 'Backbone', "pixels of the images; none: the backbone's", _POSITIVE)
+    resolution: int|None = _setting(None, 'Backbone', "pixels of the images; none: the backbone's", _RESOLUTION)
     mean: tuple|None = _setting(None, 'Backbone', "three means of the images in [0, 1]; none: the backbone's", _three('numbers'))
     std: tuple|None = _setting(None, 'Backbone', "three standard deviations; none: the backbone's", _three('positive numbers'))
 
@@ -213,9 +215,9 @@ class Recipe(_Network):
         needs=_TRAINS)
     nonfinite: str = _setting('stop', 'Training', 'at a NaN or infinite loss: stop, or skip that batch', choices=_NONFINITE, needs=_TRAINS)
     recompute: bool = _setting(False, 'Training', 'recompute blocks in the backward pass? Less memory, more time', named=False, needs=_TRAINS)
-    expand: int|None = _setting(None, 'Test', 'margin of the test crop in pixels; none: a seventh of the resolution', _NOT_NEGATIVE, needs=_CROPPED)
+    expand: int|None = _setting(None, 'Test', 'margin of the test crop in pixels; none: a seventh of the resolution', _MARGIN, needs=_CROPPED)
     tte: bool = _setting(False, 'Test', 'test-time ensembling: five crops?')
-    tte_expand: int|None = _setting(None, 'Test', 'margin of the five crops in pixels; none: `expand` if that was given, else 24', _NOT_NEGATIVE,
+    tte_expand: int|None = _setting(None, 'Test', 'margin of the five crops in pixels; none: `expand` if that was given, else 24', _MARGIN,
         needs=_TTE)
     test_precision: str|None = _setting(None, 'Test', 'precision of the network in the test; none: as in training', choices=_PRECISIONS)
     precision: str = _setting('fp32', 'Numbers', 'precision of the network in training', choices=_PRECISIONS)

@@ -6,35 +6,42 @@
 __all__ = ['run', 'score_table', 'compare']
 
 # %% ../../nbs/experiments/02_run.ipynb #22bfb61c
-import json, shutil, sys, time
-from contextlib import ExitStack, contextmanager, nullcontext
+import json, shutil, time
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from fastcore.basics import noop
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 
 from ..core.errors import LiftError
+from ..core.screen import _Screen, _printable
 from ..core.processes import (init_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
 from ..core.files import _as_json, _read_tensors, _write_json
 from ..core.locks import _LOCK, _locked
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
+from ..data.images import _printable
 from ..data.loaders import _data_parts
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
 from ..training.callbacks import EpochCosine, SkipValidation, _WatchLoading
-from ..training.checkpoints import _fit_resumably, _list_checkpoints
+from ..training.checkpoints import _list_checkpoints
+from ..training.resume import _fit_resumably
 from ..training.distributed import _distributed_fit
 from ..training.memory import _peak_memory, estimate
 from ..evaluation.metrics import Scores, plot_per_class, score_preds
+from ..evaluation.significance import intervals
 from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
 from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
 from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
-from .recipe import Recipe, RunSettings, _check_value, _known, _data_word, _result_settings, _value_word, resolve, run_name
+from lift_nb.experiments.recipe import (Recipe, RunSettings, _FIELDS, _check_value, _known, _data_word, _result_settings, _value_word,
+    resolve, run_name)
 from .build import _build, _inputs, _logits, _train_on_cached_features, _uses_cached_features
 
 # %% ../../nbs/experiments/02_run.ipynb #cd875e2b
@@ -77,17 +84,28 @@ def _archive_previous(folder:Path, # held by this process
 
 # %% ../../nbs/experiments/02_run.ipynb #e252aa84
 class _Log:
-    "Write lines to a file and to the screen"
+    "Write lines to a file, and show them"
     def __init__(self, path, # of the file
-        echo=print, # where lines also go
+        echo=print, # a `_Screen`, or a function that takes the lines
     ): self.path, self.echo, self.broken = Path(path), echo, False
-    def __call__(self, text):
+    def __call__(self, text, # for the file
+        shown=None, # what a screen does instead of showing the text: a function of the screen
+    ):
+        text = _printable(text)
         try:
             with self.path.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(text + '\n')
         except OSError as e: # a full disk, or a folder that went away, must not end a training
             if not self.broken: self.echo(f"Cannot write '{self.path}' ({e.strerror or e}); the run goes on")
             self.broken = True
-        self.echo(text)
+        if shown and isinstance(self.echo, _Screen): shown(self.echo)
+        else: self.echo(text)
+
+_TITLES = dict(train_loss='loss', valid_loss='valid loss', mean_class='mean class') # of columns
+
+def _cell(name:str, value:float)->str:
+    "Return a number for a column of five characters"
+    if 'loss' not in name: return f'{value:.1f}'
+    return f'{value:.3f}' if value < 10 else f'{value:.4g}'
 
 class _EpochLog(Callback):
     "A line in the log and scalars for TensorBoard after every epoch"
@@ -95,18 +113,26 @@ class _EpochLog(Callback):
     def __init__(self, log, # what takes a line
         folder, # of the TensorBoard files
         every:int=0, # batches between two lines; 0: only a line after each epoch
-    ): self.say, self.folder, self.every = log, folder, every
+    ): self.say, self.folder, self.every, self.rows = log, folder, every, 0
     def before_fit(self): self.writer = SummaryWriter(self.folder)
     def after_batch(self):
         if not (self.every and self.training and (self.iter+1) % self.every == 0): return
         self.say(f'epoch {self.epoch+1}/{self.n_epoch}  batch {self.iter+1}/{self.n_iter}  loss {self.loss.item():.4g}')
     def after_epoch(self):
         epoch, *values, seconds = self.recorder.log
-        row = {n: float(v) for n, v in zip(self.recorder.metric_names[1:], values) if isinstance(v, (int, float))}
-        self.say(f'epoch {epoch+1}/{self.n_epoch}  ' + '  '.join(f'{n} {v:.4g}' for n, v in row.items()) + f'  time {seconds}')
-        for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
-        self.writer.flush()
-    def after_fit(self): self.writer.close()
+        row = {n: float(v) for n, v in zip(self.recorder.metric_names[1:], values) if isinstance(v, (int, float)) and v == v}
+        line = f'epoch {epoch+1}/{self.n_epoch}  ' + '  '.join(f'{n} {v:.4g}' for n, v in row.items()) + f'  time {seconds}'
+        self.say(line, lambda screen: self.show(screen, row, seconds))
+        with suppress(OSError): # curves are not worth a training
+            for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
+            self.writer.flush()
+    def after_fit(self):
+        with suppress(OSError): self.writer.close()
+    def show(self, screen, row, seconds):
+        epoch = f'{"epoch":{2*len(str(self.n_epoch)) + 1}}' # as wide as 10/10
+        if not self.rows: screen.columns([epoch, *(_TITLES.get(n, n) for n in row), 'time'])
+        self.rows += 1
+        screen.row([f'{self.epoch+1}/{self.n_epoch}', *(_cell(n, v) for n, v in row.items()), seconds])
 
 # %% ../../nbs/experiments/02_run.ipynb #af1c985d
 class _Phases:
@@ -178,34 +204,72 @@ def _log_callbacks(log, folder, every, validate)->list: # callbacks
     "What tells of a training while it goes on"
     return [*([_EpochLog(log, folder/'tensorboard', every)] if is_main() else []), *([] if validate else [SkipValidation()])]
 
-def _progress_bar(learn):
-    "No progress bar unless somebody watches"
-    return learn.no_bar() if not (sys.stdout.isatty() and is_main()) else nullcontext()
+# %% ../../nbs/experiments/02_run.ipynb #5c1e2a04
+class _BarCallback(Callback):
+    "Move a bar with every batch, of training and validation"
+    order, run_valid = Recorder.order+1, True
+    def __init__(self, bar, # of a `_Screen`
+        validate:bool|None, # after every epoch of a training? None: a single pass
+    ): self.bar, self.validate = bar, validate
+    def after_batch(self):
+        if self.validate is None: return self.bar.to(self.iter+1, self.n_iter)
+        train, valid = len(self.dls.train), len(self.dls.valid) if self.validate else 0
+        done = self.epoch*(train + valid) + self.iter+1 + (0 if self.training else train)
+        self.bar.to(done, self.n_epoch*(train + valid))
 
+@contextmanager
+def _with_bar(learn:Learner,
+    echo, # a `_Screen`, or a function that takes lines
+    what:str, # is done
+    validate:bool|None=None, # as in `_BarCallback`
+):
+    "Meanwhile the screen has a bar, and fastai none"
+    with ExitStack() as stack:
+        stack.enter_context(learn.no_bar())
+        if isinstance(echo, _Screen):
+            bar = stack.enter_context(echo.bar(what))
+            stack.enter_context(learn.added_cbs(_BarCallback(bar, validate)))
+        yield
+
+# %% ../../nbs/experiments/02_run.ipynb #5c1e2a06
 def _log_estimate(learn, log):
     "Tell what the training will need, except for a compiled tower and cached features, where a step is another than the one tried here"
-    if not learn.compile_seconds and not _uses_cached_features(learn): log(estimate(learn).line)
+    if not learn.compile_seconds and not _uses_cached_features(learn):
+        needs = estimate(learn).line
+        log(needs, lambda screen: screen.lines([needs.split(': ', 1)]))
 
-def _train(learn, r, log, folder, phases, cbs, **saving): # `minutes` and `steps` of `_fit_resumably`
+def _train(learn, r, log, folder, phases, s, echo): # `s`: `RunSettings`
     "Fit the recipe's epochs, with checkpoints, going on from the newest that is there"
-    with phases('train'), _distributed_fit(learn, True), _progress_bar(learn), learn.no_logging(), _train_on_cached_features(learn):
+    cbs, saving = _log_callbacks(log, folder, s.print_freq, s.validate), dict(minutes=s.save_minutes, steps=s.save_steps)
+    bar = _with_bar(learn, echo, 'training', s.validate)
+    with phases('train'), _distributed_fit(learn, True), bar, learn.no_logging(), _train_on_cached_features(learn):
         earlier = _fit_resumably(learn, r.epochs, cbs=[EpochCosine(), _WatchLoading(log), *cbs], folder=folder/_CHECKPOINTS,
             about=_result_settings(r.settings()), say=log, **saving)
     phases.seconds['train'] = round(phases.seconds['train'] + earlier, 2)
 
-def _test(learn, r, phases)->tuple: # scores, predictions
+def _test(learn, r, phases, echo)->tuple: # scores, `TopPredictions`
     "Look at the test images in the recipe's way"
     if r.test_precision: set_precision(learn.model, r.test_precision)
-    with phases('test'), _distributed_fit(learn), _progress_bar(learn): found = top_predictions([_logits(learn, tte=r.tte, expand=r.tte_expand)])
-    scores = score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few)
-    return scores, prediction_table(learn.data.test_images, found, learn.data.classes)
+    with phases('test'), _distributed_fit(learn), _with_bar(learn, echo, 'testing'):
+        found = top_predictions([_logits(learn, tte=r.tte, expand=r.tte_expand)])
+    return score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few), found
 
 # %% ../../nbs/experiments/02_run.ipynb #b27239da
+def _differences(r:Recipe)->str:
+    "Return what was asked for beside data, backbone and method, and decides the numbers"
+    names = [n for n, (_, source) in r.explained().items() if source == 'option' and n not in ('data', 'backbone', 'method')]
+    return ', '.join(f'{n} {_value_word(getattr(r, n)):.60}' for n in names if _FIELDS[n].metadata['decides'])
+
+def _method_words(r:Recipe)->str:
+    "Return the method with what differs from its defaults"
+    return ' with '.join(filter(None, (_value_word(r.method), _differences(r))))
+
 def _title(r)->str: return f'{_data_word(r.data)}, {_data_word(r.backbone)}'
 
 def _draw(path, learn, r, s):
     "Save the picture of accuracies by class"
-    fig = plot_per_class({_value_word(r.method): s}, learn.counts, title=_title(r), class_names=learn.data.vocab, many=r.many, few=r.few).figure
+    names = [*map(_printable, learn.data.vocab)]
+    fig = plot_per_class({_method_words(r): s}, learn.counts, title=_title(r), class_names=names, many=r.many, few=r.few).figure
     fig.savefig(path, dpi=150, bbox_inches='tight')
     plt.close(fig)
 
@@ -215,7 +279,13 @@ def _write_scalars(folder, r, s, name):
         for k, v in asdict(s).items():
             if isinstance(v, float): w.add_scalar(f'{name}/{k}', v, r.epochs)
 
-def _finish(folder, learn, result, s, predictions, name='result', say=print):
+def _finish(folder, *args):
+    "`_write_results`; raises `LiftError` for a disk that does not take them"
+    try: return _write_results(folder, *args)
+    except OSError as e: raise LiftError(f"Cannot write the results to '{folder}' ({e.strerror or e}); what was written before stays, "
+        'and with resume True the run ends without training again') from None
+
+def _write_results(folder, learn, result, s, predictions, name='result', say=print):
     "Write the trained tensors (after training), predictions, picture, scores, and at last the result"
     r, trained = learn.recipe, name == 'result'
     if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings())
@@ -223,9 +293,56 @@ def _finish(folder, learn, result, s, predictions, name='result', say=print):
     try:
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
         _write_scalars(folder, r, s, name)
-    except OSError as e: say(f"Could not write the picture to '{folder}' ({e.strerror or e})")
+    except (OSError, ValueError, TypeError) as e: # the picture is not worth the result
+        say(f"Could not write the picture to '{folder}' ({getattr(e, 'strerror', None) or e})")
     _write_json(folder/f'{name}.json', dict(result, predictions=seal))
     if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
+    return result
+
+# %% ../../nbs/experiments/02_run.ipynb #5c1e2a02
+_COLUMNS = ('overall', 'mean_class', 'many', 'medium', 'few')
+
+def _device_words(device, precision:str)->str:
+    "Return where a training computes"
+    device, threads = torch.device(device), torch.get_num_threads()
+    where = f"{device.type.upper()}, {threads} thread{'s'*(threads > 1)}"
+    if device.type == 'cuda': where = torch.cuda.get_device_name(device)
+    return f"{where}, {precision}{f', {_world_size()} processes' if _world_size() > 1 else ''}"
+
+def _show_start(screen, learn):
+    "Show what is trained on what, and where"
+    r, n, total = learn.recipe, n_trainable(learn.model), sum(p.numel() for p in learn.model.parameters())
+    data, *notes = learn.data.summary(r.many, r.few).splitlines()
+    pixels = f'{learn.backbone.resolution} × {learn.backbone.resolution} pixels'
+    screen.facts(screen.title or f'{_data_word(r.data)}: {_method_words(r)}', [
+        ('data', data), *(('', n) for n in notes),
+        ('backbone', f'{_data_word(r.backbone)}, images of {pixels}'),
+        *([('method', _method_words(r))] if screen.title else []),
+        ('trained', f'{n:,} of {total:,} parameters ({100*n/max(1, total):.2g} %)' if n else 'nothing'),
+        ('device', _device_words(learn.dls.device, r.precision))])
+
+def _show_row(screen, scores:dict, between=None): # score → percent; texts of intervals
+    "Show a table of scores with a row or two"
+    screen.columns(['', *(_TITLES.get(c, c) for c in _COLUMNS)], 10)
+    screen.row(['accuracy %', *('–' if scores[c] is None else f'{scores[c]:.1f}' for c in _COLUMNS)])
+    if between: screen.row(['95 % CI', *between])
+
+def _show_scores(screen, learn, s:Scores, found): # of `_test`
+    "Show scores, their confidence intervals, and the classes with the lowest accuracy"
+    r, hits = learn.recipe, (found.classes[:, 0] == found.labels).numpy()
+    sure = intervals(hits, found.labels.numpy(), learn.counts, many=r.many, few=r.few).to_dict('index')
+    between = [f"{sure[c]['low']:.1f}–{sure[c]['high']:.1f}" if c in sure else '–' for c in _COLUMNS]
+    _show_row(screen, asdict(s), between)
+    acc = np.array([np.nan if a is None else a for a in s.per_class])
+    worst = [i for i in np.argsort(acc, kind='stable')[:5] if acc[i] < 100]
+    words = ', '.join(f'{learn.data.vocab[i]:.30} {acc[i]:.0f} % ({learn.counts[i]})' for i in worst)
+    if worst: screen.lines([('', ''), ('weakest', f'{words}; in brackets: training images')])
+
+def _show_finished(echo, r:Recipe, result:dict)->dict: # of result.json
+    "Show the scores of a run that is finished already, and return its result"
+    if isinstance(echo, _Screen) and not echo.brief:
+        echo(f'\n{_data_word(r.data)}: {echo.title or _method_words(r)} was finished before', 'bold')
+        _show_row(echo, result)
     return result
 
 # %% ../../nbs/experiments/02_run.ipynb #c692a24a
@@ -239,19 +356,20 @@ def _run_settings(settings:dict, # of recipe and run, by name
     return {k: v for k, v in known.items() if k not in own}, s
 
 def run(output_dir=None, # folder of the run; None: output/<name of the run>
-    echo=print, # where lines of the log also go
+    echo=None, # takes the lines of the log; None: a screen for people, on standard output
     **settings, # of `Recipe` and `RunSettings`, by name
 )->dict: # what stands in result.json
     "Carry out one recipe and leave everything in its folder; raises `LiftError` for settings, data and weights that cannot be"
     given, s = _run_settings(settings)
     r, phases = resolve(**given), _Phases()
     init_distributed(r.device)
-    echo = echo if is_main() else noop
+    echo = (echo or _Screen()) if is_main() else noop
     with _peer_failures_as_errors(), _locked_folder(output_dir or Path('output')/run_name(**given), echo) as folder:
         with phases('build'):
             inputs = _inputs(r, say=echo)
             identity = _identity(r, *inputs)
-            if s.resume and (result := run_on_main(_finished_result, folder, r, identity, echo)): return result
+            if s.resume and (result := run_on_main(_finished_result, folder, r, identity, echo)):
+                return _show_finished(echo, r, result)
             learn = _build(r, inputs, say=echo)
         if not s.test_only: run_on_main(_archive_previous, folder, echo, s.resume)
         log = _Log(folder/'log.txt', echo) if is_main() else noop
@@ -259,26 +377,27 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
         if s.test_only: _load_previous(learn, s.model_dir or folder)
         elif r.epochs and n_trainable(learn.model):
             _log_estimate(learn, log)
-            _train(learn, r, log, folder, phases, _log_callbacks(log, folder, s.print_freq, s.validate), minutes=s.save_minutes, steps=s.save_steps)
-        found, predictions = _test(learn, r, phases)
-        log(f'{_summary(found)}\npeak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB')
-        result = dict(_result_record(learn, r, found, phases), fingerprint=identity)
-        return run_on_main(_finish, folder, learn, result, found, predictions, 'test_only' if s.test_only else 'result', log)
+            _train(learn, r, log, folder, phases, s, echo)
+        scores, found = _test(learn, r, phases, echo)
+        memory = f'peak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB'
+        log(f'{_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
+        predictions = prediction_table(learn.data.test_images, found, learn.data.classes)
+        result = _result_record(learn, r, scores, phases)
+        name = 'test_only' if s.test_only else 'result'
+        return run_on_main(_finish, folder, learn, dict(result, fingerprint=identity), scores, predictions, name, log)
 
 def _log_start(learn, log):
     "Tell what is trained on what"
     r = learn.recipe
     if learn.compile_seconds: log(f'Compiled the image tower in {learn.compile_seconds:.1f} s')
-    log(f"{_value_word(r.method)} on {learn.data}\n{n_trainable(learn.model):,} trained parameters; "
-        f"{_as_json({k: v for k, v in r.settings().items() if v is not None})}")
+    log(f"{_method_words(r)} on {learn.data}\n{n_trainable(learn.model):,} trained parameters; "
+        f"{_as_json({k: v for k, v in r.settings().items() if v is not None})}", lambda screen: _show_start(screen, learn))
 
 def _summary(s:Scores)->str:
     "Return one line of scores; a dash for an empty group"
     return '  '.join(f"{k} {'–' if v is None else f'{v:.2f}'}" for k, v in asdict(s).items() if k != 'per_class')
 
 # %% ../../nbs/experiments/02_run.ipynb #d224b5d3
-_COLUMNS = ('overall', 'mean_class', 'many', 'medium', 'few')
-
 def score_table(results:dict, # name → what `run` returned
 )->pd.DataFrame:
     "Scores side by side, in percent"
@@ -286,12 +405,11 @@ def score_table(results:dict, # name → what `run` returned
 
 def compare(recipes:dict, # name → options of `run`
     folder='output', # where the runs' folders and the picture go
-    echo=print, # where lines of the logs go
+    echo=None, # takes the lines of the logs; None: a screen for people
 )->dict: # name → what `run` returned
     "Run recipes one after another; their picture is `comparison.png` in `folder`"
     folder = Path(folder)
-    def place(o): return folder/run_name(**{k: v for k, v in o.items() if k != 'validate'})
-    results = {n: run(output_dir=place(o), echo=echo, **o) for n, o in recipes.items()}
+    results = {n: run(output_dir=folder/run_name(**o), echo=echo or _Screen(n), **o) for n, o in recipes.items()}
     first = next(iter(results.values()))
     title = f"{first['recipe']['data']}, {first['recipe']['backbone']}"
     fig = plot_per_class({n: r['per_class'] for n, r in results.items()}, first['class_counts'], title=title).figure

@@ -7,15 +7,16 @@ __all__ = ['TABLES', 'table_runs', 'run_all']
 
 # %% ../../nbs/experiments/04_sweeps.ipynb #3d6f82d3
 import hashlib, re
-from dataclasses import asdict
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.errors import LiftError, _lookup
+from ..core.screen import _Screen, _say
 from ..core.files import _as_json, _atomic_write
-from ..models.backbones import BACKBONES
+from ..core.catalog import BACKBONES
 from ..training.losses import LOSSES
 from ..models.heads import HEADS, INITS
 from ..data.crops import MDA_SCHEDULES
@@ -76,7 +77,7 @@ TABLES = {
     'tte': _on_datasets(_TWO, {'no TTE': dict(tte=False)} | {f'TTE, margin {e}': dict(tte_expand=e) for e in (8, 16, 24, 32, 40, 48)}),
     'partial': _on_datasets(_TWO, {f'last {k} blocks': dict(modules='fft', layers=k) for k in (0, 1, 2, 3, 6, 9, 12)}),
     'arbitrary': _on_datasets(_TWO, {f'{r:.1%} of the entries': dict(modules='aft', dim=r) for r in (.001, .005, .01, .05, .1, .5, 1.)}),
-    'backbones': _on_datasets(_TWO, {b: dict(backbone=b) for b in BACKBONES if 'ft_in1k' not in b}),
+    'backbones': _on_datasets(_TWO, {b: dict(backbone=b) for b in BACKBONES if 'ft_in1k' not in b and b != 'tiny_clip'}),
     'zero-shot': _on_datasets(_SETS, {'zero-shot': dict(method='zs', epochs=None)}),
     'methods': _METHODS_ON_DIGITS,
     'digits': {'cross-entropy': dict(loss='ce'), 'linear probing': dict(method='lp'), 'LIFT+': {}},
@@ -121,26 +122,21 @@ def _values(text:str, # as typed
     return [text] if text.startswith(('[', '{', '(', 'range')) else text.split(',')
 
 # %% ../../nbs/experiments/04_sweeps.ipynb #6fe15e22
-_PLACES = ('checkpoint', 'root', 'lists') # settings that are paths and not in the name of a run
-
-def _place_hash(options:dict, # of a run
-)->str: # '' when no path decides the run
-    "Tells runs apart whose data or weights lie in different places"
-    found = {k: str(Path(options[k]).resolve()) for k in _PLACES if options.get(k)}
-    if Path(data := str(options.get('data', ''))).name and Path(data).exists(): found['data'] = str(Path(data).resolve())
-    return '-' + hashlib.sha256(_as_json(found, sort_keys=True).encode(errors='surrogateescape')).hexdigest()[:8] if found else ''
-
-def _run_folder(options:dict, # of a run
-    folder, # of all runs
-)->Path:
-    "The folder of a run: its name, and a hash where its data or weights come from a path"
-    name = run_name(**{k: v for k, v in options.items() if k != 'validate'})
-    return Path(folder)/f'{name}{_place_hash(options)}'
-
 def _first_problem(name, seed, folder, e:Exception)->dict: # a row of the tidy table
     "What went wrong with a run, in one sentence"
     said = (str(e).strip().splitlines() or [''])[-1]
     return dict(name=name, seed=seed, problem=said if isinstance(e, LiftError) else f'{type(e).__name__}: {said:.200}', folder=str(folder))
+
+def _brief_screen(name:str, options:dict)->_Screen: # of a run
+    "Return a screen that has a bar while the run goes on"
+    return _Screen(f"{name}, seed {options.get('seed', 0)}", brief=True)
+
+def _run_line(row:dict, # of the tidy table
+    i:int, n:int, # number of the run, runs
+)->str:
+    "Return a line about a run for the screen"
+    accuracy = '  '.join(f"{c.replace('_', ' ')} {'–' if row[c] is None else f'{row[c]:.1f}':>5}" for c in ('overall', 'mean_class', 'few'))
+    return f"{i:{len(str(n))}}/{n}  {row['name']:20.20}  seed {row['seed']}  {accuracy}"
 
 def _raise_if_failed(tidy:pd.DataFrame): # of `run_all`
     "Raise `LiftError` when a run has no result, so that whoever started the runs notices"
@@ -152,7 +148,7 @@ def _run_one(name:str, options:dict, folder, # as in `run_all`
     echo=print, # where lines of the log go; None: nowhere
 )->dict: # a row of the tidy table
     "One run, or what it left when it is finished already"
-    place = _run_folder(options, folder)
+    place = Path(folder)/run_name(**options)
     options = dict(features=str(Path(folder)/'features')) | options
     try: r = run(place, validate=False, resume=True, echo=echo or (lambda line: None), **options)
     except (LiftError, OSError, RuntimeError) as e: return _first_problem(name, options.get('seed'), place, e) # such as a full disk, or no memory on the GPU
@@ -161,20 +157,27 @@ def _run_one(name:str, options:dict, folder, # as in `run_all`
         torch=r['versions']['torch'], folder=str(place))
 
 # %% ../../nbs/experiments/04_sweeps.ipynb #3077c805
+@contextmanager
+def _writing(folder):
+    "Raise `LiftError` where the folder of all runs cannot be written to"
+    try: yield
+    except OSError as e: raise LiftError(f"Cannot write to the output folder '{folder}': {e.strerror or e}") from None
+
 def run_all(runs, # of `table_runs`
     folder='output', # of all runs
     table='table', # the tidy table is `<table>.csv` in that folder
     ray:str|None=None, # address of a Ray cluster, 'auto' or 'local'; None: one run after another, here
     gpus:float|None=None, # GPUs that a run takes from Ray, as .5; None: one if there are any
-    echo=print, # where lines of the logs go; with Ray, of what went wrong
+    echo=None, # takes the lines of the logs, with Ray only what went wrong; None: a line for each run, on standard output
 )->pd.DataFrame: # tidy: a row for each run
     "Carry out runs, resumably; their tidy table is written after each"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    found = []
+    with _writing(folder): Path(folder).mkdir(parents=True, exist_ok=True)
+    runs, found, say = list(runs), [], echo or _say
     with _workers(ray, gpus) as start:
-        for (n, o), result in [(run, start(_run_one, *run, folder, None if ray else echo)) for run in runs]:
+        for (n, o), result in [(run, start(_run_one, *run, folder, None if ray else echo or _brief_screen(*run))) for run in runs]:
             try: found.append(result())
-            except LiftError as e: found.append(_first_problem(n, o.get('seed'), _run_folder(o, folder), e)) # a worker died
-            with _atomic_write(Path(folder)/f'{table}.csv') as part: pd.DataFrame(found).to_csv(part, index=False)
-            if 'problem' in found[-1]: echo(f"{n}: {found[-1]['problem']}")
+            except LiftError as e: found.append(_first_problem(n, o.get('seed'), Path(folder)/run_name(**o), e)) # a worker died
+            with _writing(folder), _atomic_write(Path(folder)/f'{table}.csv') as part: pd.DataFrame(found).to_csv(part, index=False)
+            if 'problem' in found[-1]: say(f"{n}: {found[-1]['problem']}")
+            elif echo is None: say(_run_line(found[-1], len(found), len(runs)))
     return pd.DataFrame(found)

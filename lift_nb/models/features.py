@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core.errors import LiftError
 from ..core.files import _read_tensors, _write_tensors
+from ..core.screen import _progress
 from ..core.fingerprint import _combined, _differing_parts, _fingerprint, _Images, _model_parts
 from ..data.dataset import LongTailData
 from .heads import _labelled_features
@@ -46,7 +47,7 @@ class FeatureCache:
         if (path := self.path(fingerprint)).is_file():
             try: return self.read(path, fingerprint), labels
             except LiftError as e: self.say(f'{e}; the features are computed again')
-        f, seen = map(torch.cat, zip(*_labelled_features(model.eval(), dl)))
+        f, seen = map(torch.cat, zip(*_labelled_features(model.eval(), _progress(dl, 'Computing features'))))
         if not seen.equal(labels): raise LiftError('The loader does not bring these images in this order, so their features cannot be cached')
         self.write(path, f, fingerprint)
         return f, labels

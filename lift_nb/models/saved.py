@@ -14,6 +14,8 @@ from torch import nn
 
 from ..core.errors import LiftError
 from ..core.files import _hash_tensors, _write_tensors
+from ..data.crops import CenterCrop
+from ..data.images import _read_rgb
 from .text import _is_template_file, _read_templates
 from .adapters import MaskedLinear
 from .surgery import _differences, _scaled_adaptformers, load_trainable
@@ -22,7 +24,7 @@ from .model import LiftModel
 # %% ../../nbs/models/10_saved.ipynb #eba5ff96
 _HEADER = dict(layout=int, backbone=dict, weights=str, digest=str, method=dict, parts=dict, names=list, classes=list, counts=list, images=dict)
 _FIELDS = dict(backbone=('name', 'checkpoint', 'pretrained', 'resolution'),
-    method=('modules', 'text_modules', 'head'), images=('resolution', 'expand', 'mean', 'std'),
+    method=('modules', 'text_modules', 'head'), images=('resolution', 'expand', 'mean', 'std', 'max_value', 'unknown'),
     parts=('layers', 'dim', 'scale', 'template', 'precision', 'frozen_precision', 'ctx', 'ctx_len', 'text_layers', 'text_dim', 'adapter_dim'))
 
 # %% ../../nbs/models/10_saved.ipynb #cff9927d
@@ -55,14 +57,47 @@ def _find_transform(pipeline, # of fastai
     "Return the first transform of exactly this class; known by name, so that nothing has to import fastai"
     return next((t for t in getattr(pipeline, 'fs', []) if f'{type(t).__module__}.{type(t).__qualname__}' == kind), None)
 
-def _image_settings(learn, # of `lift_plus_learner`
+
+# %% ../../nbs/models/10_saved.ipynb #5d1f20aa
+def _known_settings(learn, # of `lift_plus_learner`
 )->dict:
-    "How a test image becomes a tensor"
+    "How a test image becomes a tensor, as far as the transforms of this library and fastai's normalization say it"
     b, dl = learn.backbone, learn.dls.valid
     crop, norm = _find_transform(dl.after_item, 'lift_nb.data.crops.CenterCrop'), _find_transform(dl.after_batch, 'fastai.data.transforms.Normalize')
     known = norm is not None and norm.mean.numel() == 3
     mean, std = (norm.mean, norm.std) if known else map(torch.tensor, (b.mean, b.std))
-    return dict(resolution=b.resolution, expand=crop.expand if crop else 0, mean=mean.flatten().tolist(), std=std.flatten().tolist())
+    return dict(resolution=b.resolution, expand=crop.expand if crop else 0, mean=mean.flatten().tolist(), std=std.flatten().tolist(),
+        max_value=getattr(learn.data, 'max_value', None))
+
+def _pixels(x, # image of any kind
+    images:dict, # of `_known_settings`
+)->torch.Tensor: # (3, R, R)
+    "What a predictor makes of an image"
+    x = CenterCrop(images['resolution'], images['expand']).pixels(_read_rgb(x, images['max_value'])).float()/255
+    return (x - torch.tensor(images['mean']).view(3, 1, 1))/torch.tensor(images['std']).view(3, 1, 1)
+
+def _sees_otherwise(learn, # of `lift_plus_learner`
+    images:dict, # of `_known_settings`
+    n:int=8, # images to try, from the whole test set
+)->bool:
+    "Do the learner's DataLoaders make something else of test images than a predictor will, or is that unknown?"
+    dl = learn.dls.valid
+    try:
+        picks = torch.linspace(0, len(dl.dataset)-1, min(n, len(dl.dataset))).long().tolist()
+        seen = dl.after_batch(dl.do_batch([dl.do_item(i) for i in picks]))[0].cpu()
+        items = [dl.dataset.items[i] for i in picks]
+        opened = [i if isinstance(i, (str, os.PathLike)) else dl.dataset.tls[0][k] for i, k in zip(items, picks)]
+        return not torch.allclose(torch.stack([_pixels(x, images) for x in opened]), seen.as_subclass(torch.Tensor), atol=1e-4)
+    except Exception: return True # of many kinds: these are somebody's transforms
+
+def _image_settings(learn, # of `lift_plus_learner`
+)->dict:
+    "How a test image becomes a tensor; `unknown` names the transforms where a predictor could not do the same"
+    images, fs = _known_settings(learn), [f for f in getattr(learn.dls.valid.after_item, 'fs', []) if f.split_idx != 0]
+    ours = learn.data is not None and {type(f).__name__ for f in fs} <= {'CenterCrop', 'ToTensor'}
+    other = not ours and _sees_otherwise(learn, images)
+    return dict(images, unknown=', '.join(type(f).__name__ for f in fs) or 'opening' if other else None)
+
 
 # %% ../../nbs/models/10_saved.ipynb #8e40ea15
 def _trainable_tensors(learn, # of `lift_plus_learner`
@@ -125,7 +160,8 @@ def _header_problems(about:dict)->list: # of names
     odd = [k for k, kind in _HEADER.items() if type(about.get(k)) is not kind]
     odd += [f'{k}.{n}' for k, known in _FIELDS.items() if k not in odd for n in about[k] if n not in known]
     if odd: return odd
-    odd += [f'images.{n}' for n in _FIELDS['images'] if about['images'].get(n) is None]
+    odd += [f'images.{n}' for n in ('resolution', 'expand', 'mean', 'std') if about['images'].get(n) is None]
+    odd += ['images.unknown'] if not isinstance(about['images'].get('unknown'), (str, type(None))) else []
     odd += [k for k in ('names', 'classes') if not all(type(c) is str for c in about[k])]
     same = 0 < len(about['classes']) == len(about['counts']) == len(about['names'])
     return odd if same and all(type(n) is int and n >= 0 for n in about['counts']) else [*odd, 'counts']

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from fastcore.meta import delegates
 
 from ..core.errors import LiftError, _lookup
+from ..core.internals import _internal
 from ..core.catalog import TEXT_HEADS, _is_text_head
 from .precision import autocast
 from .backbones import Backbone
@@ -45,6 +46,8 @@ def zero_shot_head(backbone:Backbone, # a CLIP
     return ZeroShotHead(text_features(tower, classes, template), backbone.image_proj, tower.logit_scale)
 
 # %% ../../nbs/models/07_text_heads.ipynb #3b958024
+_version = _internal('torch:Tensor._version').__get__ # changes in place so far
+
 class TextHead(nn.Module):
     "CLIP's classifier with parts that can be trained: image features (B, d) → logits (B, C)"
     def __init__(self, tower:TextTower, # frozen, perhaps with modules in its blocks
@@ -76,7 +79,7 @@ class TextHead(nn.Module):
         if not params or torch.is_grad_enabled() and any(p.requires_grad for p in params): # none: a replica of DataParallel
             self.kept_for = None
             return self.encode()
-        now = [self.precision, *((t.data_ptr(), t._version) for t in (*params, self.tokens))]
+        now = [self.precision, *((t.data_ptr(), _version(t)) for t in (*params, self.tokens))]
         if now != self.kept_for:
             with torch.inference_mode(False), torch.no_grad(): self.kept, self.kept_for = self.encode(), now
         return self.kept

@@ -71,18 +71,6 @@ def _whole(text): # 0, 1, 2 …
     if type(value) is int and 0 <= value < 2**32: return value
     raise LiftError(f'must be a whole number, not {text!r:.80}')
 
-def _whole_or_none(text): # 1, 2, 3 … or None
-    "A number above 0 without fraction, or `none`"
-    value = _parse_value(text)
-    if value is None or type(value) is int and 0 < value < 2**32: return value
-    raise LiftError(f'must be a whole number above 0, or none, not {text!r:.80}')
-
-def _span(text): # minutes
-    "A time above 0"
-    value = _parse_value(text)
-    if type(value) in (int, float) and 0 < value < 1e6: return float(value)
-    raise LiftError(f'must be a number above 0, not {text!r:.80}')
-
 # %% ../../nbs/original/00_options.ipynb #9f9196ea
 def _gpu(text): # name of a device; None: the default
     "The number of a GPU, or `cpu`"

@@ -16,12 +16,32 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException, CancelValidException, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import AvgSmoothLoss
+from fastai.optimizer import Optimizer
 
 from ..core.errors import LiftError, _lookup
 from ..core.processes import _unwrap
 from ..data.crops import min_scale
 from ..models.adapters import Parallel, _SyncedBuffers
 from .losses import LongTailLoss
+
+# %% ../../nbs/training/01_callbacks.ipynb #60339c09
+def _sgd_step(p, lr, mom, wd, # a parameter with its gradient, as fastai's `Optimizer` calls it
+    bad=None, # truth value on the parameter's device: leave the step out? None: no
+    do_wd:bool=True, # decay this parameter? See `wd_bn_bias` of fastai's `Learner`
+    grad_avg=None, # momentum
+    **kwargs,
+)->dict: # state of the parameter
+    "Make a step of SGD with coupled weight decay, unless `bad`"
+    v, g = torch.zeros_like(p) if grad_avg is None else grad_avg, p.grad
+    if do_wd and wd: g.add_(p.data, alpha=wd)
+    if bad is not None: g, mom = g.masked_fill_(bad, 0), torch.where(bad, 1., mom)
+    v.mul_(mom).add_(g)
+    p.data.add_(v if bad is None else v.masked_fill(bad, 0), alpha=-lr)
+    return dict(grad_avg=v)
+
+def _sgd(params, lr, mom:float=0., wd:float=0.)->Optimizer:
+    "Return SGD that can leave out a step without knowing whether it does"
+    return Optimizer(params, _sgd_step, lr=lr, mom=mom, wd=wd)
 
 # %% ../../nbs/training/01_callbacks.ipynb #39552967
 class EpochCosine(Callback):
@@ -104,45 +124,33 @@ class AverageCrops(Callback):
 # %% ../../nbs/training/01_callbacks.ipynb #6179e8cc
 _NONFINITE = dict(stop=False, skip=True) # word → does training go on?
 
-def _copies(opt, # fastai's optimizer
-)->list: # of (parameter, copy of it, copies of the tensors in its state)
-    "What an optimizer step may change"
-    return [(p, p.detach().clone(), {k: v.clone() for k, v in s.items() if isinstance(v, Tensor)}) for p, _, s, _ in opt.all_params(with_grad=True)]
-
-def _restore_where(bad:Tensor, # a truth value, on whatever device
-    opt, saved, # optimizer and what `_copies` returned
-):
-    "Undo a step if `bad` is true, without asking whether it is; state that was not there before becomes zero"
-    for p, old, state in saved:
-        p.data.copy_(torch.where(bad, old, p.data))
-        for k, v in opt.state[p].items():
-            if isinstance(v, Tensor): v.copy_(torch.where(bad, state.get(k, torch.zeros_like(v)), v))
-
 def _images_of(dl, # DataLoader in the middle of a pass
     i:int, # batch of the pass
     n:int=5, # images to name
 )->str: # a phrase, '' when they are not known
-    "Which items of the data set are in a batch"
-    found = getattr(dl, 'order', None)
-    at = (i - getattr(dl, 'start', 0))*(getattr(dl, 'bs', None) or 1)
-    found = list(found[at:at+dl.bs]) if found is not None and getattr(dl, 'bs', None) else []
-    return f" (images {', '.join(map(str, found[:n]))}{' …' if len(found) > n else ''} of the data set)" if found else ''
+    "Return which items of the data set are in a batch"
+    found, bs = getattr(dl, 'order', None), getattr(dl, 'bs', None)
+    if found is None or not bs: return ''
+    at = (i - getattr(dl, 'start', 0))*bs
+    found = list(found[at:at+bs])
+    return f" (images {', '.join(map(str, found[:n]))}{' …' if len(found) > n else ''} of the data set)"
 
 # %% ../../nbs/training/01_callbacks.ipynb #0bf5d7cd
 class StopOnNonFinite(Callback):
     "Leave out steps whose loss or gradient is NaN or infinite; stop with `LiftError` at the first, or after `limit` in a row"
     order, run_valid, scaled = MixedPrecision.order, False, False
     def __init__(self, nonfinite:str='stop', # a name of `_NONFINITE`
-        every:int|None=None, # steps between two looks; None: 1 on a CPU, 50 elsewhere
+        every:int|None=None, # steps between two looks; None: 50 on a GPU, else 1
         limit:int=20, # steps left out in a row that end the training under `skip`
         say=print, # where to tell what was left out
-    ): 
+    ):
         self.skip = _lookup(_NONFINITE, nonfinite, 'answer to a NaN or infinite loss')
         self.every, self.limit, self.say = every, limit, say
-    def before_fit(self): self.left_out, self.in_a_row, self.odd, self.saved = [], 0, None, None
+    def before_fit(self): self.left_out, self.in_a_row, self.odd = [], 0, None
     def before_train(self):
         device = next(self.model.parameters()).device
-        self.seen, self.good, self.looks = [], torch.zeros((), device=device), self.every or (1 if device.type == 'cpu' else 50)
+        self.seen, self.good, obeys = [], torch.zeros((), device=device), _sgd_step in getattr(self.opt, 'cbs', ())
+        self.looks = (self.every or (1 if device.type == 'cpu' else 50)) if obeys else 1
         self.bad = self.stuck = torch.zeros((), dtype=torch.bool, device=device)
     def after_loss(self):
         loss = self.loss.detach().as_subclass(Tensor).float()
@@ -156,11 +164,12 @@ class StopOnNonFinite(Callback):
         self.seen.append(('gradient', self.iter, norm))
         self.bad = torch.zeros_like(bad)
         if sum(what == 'gradient' for what, *_ in self.seen) >= self.looks: self.look()
-        if self.looks > 1: self.saved = bad, _copies(self.opt)
+        if self.looks > 1: self.tell(bad)
         elif bad: raise CancelStepException()
+    def tell(self, bad):
+        for h in self.opt.hypers: h['bad'] = bad
     def after_step(self):
-        if self.saved: _restore_where(self.saved[0], self.opt, self.saved[1])
-        self.saved = None
+        if self.looks > 1: self.tell(None)
     def after_train(self): self.look()
     def after_fit(self):
         if self.left_out: self.say(f'{len(self.left_out)} step{"s were" if len(self.left_out) > 1 else " was"} left out '

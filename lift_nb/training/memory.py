@@ -6,15 +6,16 @@
 __all__ = ['Estimate', 'estimate']
 
 # %% ../../nbs/training/04_memory.ipynb #6703f86f
-import os, sys, time, weakref
+import sys, time, weakref
 from dataclasses import dataclass
+from pathlib import Path
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from fastprogress.fastprogress import format_time
 from ..core.errors import LiftError
+from ..core.internals import _internal
 from ..core.processes import is_distributed, _world_size
 from ..models.model import _fake_step, _preserved_state
 
@@ -23,16 +24,18 @@ try: import resource
 except ImportError: resource = None # Windows
 
 # %% ../../nbs/training/04_memory.ipynb #df635da3
-class _LiveBytes(TorchDispatchMode):
+_tree_leaves = _internal('torch.utils._pytree:tree_leaves')
+
+class _LiveBytes(_internal('torch.utils._python_dispatch:TorchDispatchMode')):
     "Count the bytes of tensors that were made inside: `live` now, `_peak_memory` at most"
     def __init__(self):
         super().__init__()
         self.live, self.peak, self.known = 0, 0, set()
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        old = {t.untyped_storage().data_ptr() for t in _tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)
-        for t in tree_leaves(out):
+        for t in _tree_leaves(out):
             if isinstance(t, torch.Tensor): self.note(t.untyped_storage(), old)
         return out
     def note(self, s, old):
@@ -63,30 +66,26 @@ def _step_bytes(model, resolution)->tuple: # for any number of images, for each 
     return max(0, 2*one - two), two - one
 
 # %% ../../nbs/training/04_memory.ipynb #7d678ca1
-def _divisors(n:int)->list:
-    "The numbers that divide `n`, ascending"
-    return [k for k in range(1, n+1) if n % k == 0]
-
 def _accumulation_steps(batch_size:int, # images in a step
     fits, # images in a piece → does it fit?
 )->int:
     "The smallest number of gradient-accumulation steps that fit; raises `LiftError` when not even a single image does"
-    k = next((k for k in _divisors(batch_size) if fits(batch_size//k)), None)
+    k = next((k for k in range(1, batch_size+1) if batch_size % k == 0 and fits(batch_size//k)), None)
     if k is None: raise LiftError('Not even one image fits into the memory; recompute True, half precision '
                                 '(precision and frozen_precision bf16) or a smaller resolution need less')
     return k
 
-def _free_bytes(device='cpu')->int|None: # None: the system does not tell
-    "Memory that is free: of a GPU, or of this machine and the limit that a container sets"
+def _number_in(path)->int|None:
+    "Return the number that a file of the system holds; None where there is no such file, or a word"
+    try: return int(Path(path).read_text())
+    except (OSError, ValueError): return None
+
+def _free_bytes(device='cpu')->int:
+    "Return how much memory is free: of a GPU, or of this machine within the limit that a container sets"
     if torch.device(device).type == 'cuda': return torch.cuda.mem_get_info(device)[0]
-    def number(path, *words):
-        try: lines = [l.split() for l in open(path)]
-        except OSError: return None
-        return next((int(l[len(words)]) for l in lines if l[:len(words)] == [*words] and l[len(words)].isdigit()), None)
-    free, limit, used = number('/proc/meminfo', 'MemAvailable:'), number('/sys/fs/cgroup/memory.max'), number('/sys/fs/cgroup/memory.current')
-    if free is None: free = os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/1024 if 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', ()) else None
-    found = [n for n in (free and free*1024, limit and used and limit - used) if n is not None]
-    return int(min(found)) if found else None
+    limit, used = map(_number_in, ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'))
+    free = psutil.virtual_memory().available
+    return free if limit is None or used is None else min(free, limit - used)
 
 def _trainable_bytes(model:nn.Module)->int:
     "Bytes of the trained parameters"
@@ -99,20 +98,20 @@ def _fits_on_gpu(model, resolution, step=_fake_step): # images → bool
     def fits(n):
         with _preserved_state(model):
             try:
-                aside = [torch.empty(int(.05*(_free_bytes(device) or 0)) + 3*_trainable_bytes(model), dtype=torch.uint8, device=device)]
+                aside = [torch.empty(int(.05*_free_bytes(device)) + _trainable_bytes(model), dtype=torch.uint8, device=device)]
                 step(model, n, resolution)
                 return True
             except torch.OutOfMemoryError: return False
             finally:
                 aside = None
                 for p in model.parameters(): p.grad = None
-                if device.type == 'cuda': torch.cuda.empty_cache()
+                torch.cuda.empty_cache() # nothing where there is no GPU
     return fits
 
 def _fits_by_estimate(model, resolution, free): # images → bool
     "Does a step of so many images fit into so many bytes, by its estimate?"
     fixed, each = _step_bytes(model, resolution)
-    return lambda n: free is None or fixed + n*each + _trainable_bytes(model) <= .8*free
+    return lambda n: fixed + n*each + _trainable_bytes(model) <= .8*free
 
 def _choose_accum_step(model:nn.Module, # on its device
     batch_size:int, # images in a step
@@ -132,7 +131,7 @@ class Estimate:
     trained:int # parameters
     frozen:int # parameters
     weights:dict # bytes of parameters and buffers: 'float32' → bytes
-    optimizer:int # bytes: momentum, on a GPU also what makes a step revocable
+    optimizer:int # bytes of the momentum
     fixed:int # bytes of a step, whatever the images: gradients, text prototypes
     per_image:int # bytes of a step for each image
     micro_batch:int # images in a piece
@@ -170,7 +169,7 @@ def estimate(learn, # of `lift_plus_learner`
     n, cuda = micro_batch or -(-dl.bs//_world_size()), next(model.parameters()).device.type == 'cuda'
     tuned, timed = sum(p.numel() for p in model.parameters() if p.requires_grad), n if cuda else min(n, 8)
     fixed, each = _step_bytes(model, size)
-    return Estimate(tuned, sum(p.numel() for p in model.parameters()) - tuned, _bytes_by_type(model), _trainable_bytes(model)*(3 if cuda else 1),
+    return Estimate(tuned, sum(p.numel() for p in model.parameters()) - tuned, _bytes_by_type(model), _trainable_bytes(model),
         fixed, each, n, -(-dl.n//_world_size()), _seconds_for(model, timed, size)/timed)
 
 # %% ../../nbs/training/04_memory.ipynb #66c5c33b
