@@ -60,7 +60,7 @@ def _about_export(about:dict, # header of the saved model
     preprocessing = dict(images, **crop, tte_expand=_default_expand(r, tte=True), layout='float32 (batch, 3, resolution, resolution), RGB')
     return dict(layout=1, preprocessing=preprocessing, **{k: about[k] for k in _KEPT if about.get(k) is not None})
 
-# %% ../../nbs/models/12_export.ipynb #0165854a
+# %% ../../nbs/models/12_export.ipynb #a1af348c
 _OPSET = 18 # of ONNX; read by onnxruntime 1.14 and later
 
 def _program(model:nn.Module, # of `_as_exported`
@@ -91,6 +91,8 @@ def _write_onnx(predictor, path, about:dict):
     except Exception as e: # of torch's and onnxscript's own kinds
         raise LiftError(f'This network cannot become ONNX ({" ".join(str(e.__cause__ or e).split()):.200})') from None
     finally: logging.disable(disabled)
+    del found.graph.value_info[:] # they name the first axis as torch does
+    for v in (*found.graph.input, *found.graph.output): v.type.tensor_type.shape.dim[0].dim_param = 'batch'
     onnx.helper.set_model_props(found, {'lift_nb': _as_json(about)})
     onnx.save(found, path)
 
