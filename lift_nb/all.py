@@ -23,7 +23,7 @@ __all__ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TE
            'compare_runs', 'intervals', 'compare_paired', 'class_table', 'write_report', 'report_run', 'report_runs',
            'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
            'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
-           'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
+           'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor', 'export_model', 'OnnxPredictor']
 
 # %% ../nbs/03_all.ipynb #1e4020a6
 from .core.catalog import DATASETS, BACKBONES, METHODS, ADAPTERS, HEADS, INITS, TEXT_HEADS, LOSSES
@@ -48,6 +48,7 @@ from .models.heads import LinearHead, CosineHead, L2NormHead, LayerNormHead, cre
 from .models.merge import merge
 from .models.model import LiftModel, set_precision, store_frozen, recompute_blocks, assemble, compile_backbone
 from .models.precision import PRECISIONS, autocast
+from .models.onnx_predictor import OnnxPredictor
 from .models.saved import save_lift
 from .models.surgery import AdapterSpec, adapt, n_trainable, first_token_only, trainable_state, load_trainable
 from .models.text import TEMPLATE, prompts, tokenize, TextTower, text_tower, text_features
@@ -72,7 +73,7 @@ from .experiments.tables import render_table
 from .experiments.reports import report_run, report_runs
 from .bench.steps import saved_bytes, step_setup
 from .learner import lift_plus_learner
-from .predictor import load_lift, Predictor
+from .predictor import export_model, load_lift, Predictor
 
 # %% ../nbs/03_all.ipynb #42d00f77
 _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT_HEADS', 'LOSSES', 'LiftError',
@@ -96,4 +97,4 @@ _all_ = ['DATASETS', 'BACKBONES', 'METHODS', 'ADAPTERS', 'HEADS', 'INITS', 'TEXT
     'class_table', 'write_report', 'report_run', 'report_runs',
     'load_original', 'save_original', 'Recipe', 'RunSettings', 'resolve', 'run_name', 'run', 'score_table',
     'compare', 'TABLES', 'table_runs', 'run_all', 'render_table', 'saved_bytes', 'step_setup',
-    'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor']
+    'lift_plus_learner', 'save_lift', 'load_lift', 'Predictor', 'export_model', 'OnnxPredictor']

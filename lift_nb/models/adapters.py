@@ -142,7 +142,7 @@ class Prompted(_Wrapper):
         super().__init__(main)
         self.prompt, self.replaced = nn.Parameter(torch.randn(n, d)*.02), replaced
     def forward(self, x, **kwargs):
-        prompt = self.prompt.to(x.dtype).expand(len(x), -1, -1)
+        prompt = self.prompt.to(x.dtype).expand(x.shape[0], -1, -1)
         return self.main(torch.cat([x[:, :1], prompt, x[:, 1+self.replaced:]], 1), **kwargs)
 
 class _DropPrompts(_Wrapper):
