@@ -106,7 +106,7 @@ def test_learner_run_and_shell(tmp_path):
     "A learner, its file and the command line write the same model; fastai's model can be recorded as it is"
     from lift_nb.all import digits_lt, lift_plus_learner, save_lift
     from lift_nb.cli import main
-    data = digits_lt(n_max=20, n_test=2)
+    data = digits_lt(n_max=40, n_test=2)
     learn = lift_plus_learner(data, 'tiny_clip')
     torch.export.export(learn.model, (torch.randn(2, 3, 32, 32),))
     save_lift(tmp_path/'digits.safetensors', learn)
