@@ -29,7 +29,7 @@ from .models.text_heads import ZeroShotHead
 from .models.model import LiftModel, assemble, set_precision
 from .models.saved import (_FIELDS, _LAYOUT, _as_plain, _check_sizes, _description, _header_problems, _load_tensors,
     _package_versions, _trainable_tensors, save_lift)
-from .models.export import Exported, _SUFFIXES, _export
+from .models.export import _Exported, _SUFFIXES, _export
 from .experiments.recipe import _check_modules, _check_value
 
 # %% ../nbs/01_predictor.ipynb #63f32998
@@ -413,6 +413,6 @@ def export_model(model, # `Predictor`, `Learner` of `lift_plus_learner`, file of
     format:str='onnx', # 'onnx', 'torch' (torch.export) or 'timm' (merged weights of the image tower, and the head)
     overwrite:bool=False, # replace a file that exists?
     images=None, # as in `Predictor.logits`, on which the file is checked; None: photographs of scikit-learn
-)->Exported: # files, and the largest difference of logits
+)->_Exported: # files, and the largest difference of logits
     "Write a trained model for another program; raises `LiftError` for what cannot be exported, or would predict something else"
     return _export(_as_predictor(model), path, format, overwrite, None if images is None else _list_images(images))
