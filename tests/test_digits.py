@@ -24,7 +24,7 @@ def test_what_a_run_leaves(folder):
     assert {'result.json', 'log.txt', 'tensorboard', 'per_class.png', 'model.safetensors', 'predictions.csv', 'history.csv', 'report'} == {f.name for f in folder.iterdir()}
     r = json.loads((folder/'result.json').read_text())
     keys = 'recipe seed versions classes class_counts overall mean_class many medium few per_class seconds trained_parameters'.split()
-    assert set(keys) <= set(r) and set(r['seconds']) == {'build', 'train', 'test'}
+    assert set(keys) <= set(r) and set(r['seconds']) == {'build', 'train', 'calibrate', 'test'}
     with safe_open(folder/'model.safetensors', 'pt') as f:
         assert json.loads(f.metadata()['classes'])[0] == 'zero'
         assert sum(f.get_tensor(k).numel() for k in f.keys()) == r['trained_parameters']

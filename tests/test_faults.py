@@ -92,8 +92,8 @@ def test_a_folder_that_goes_away(tmp_path):
 
 def test_a_run_folder_that_goes_away_in_the_shell(tmp_path, monkeypatch, capsys):
     log = running._Log.__call__
-    def say(self, text):
-        log(self, text)
+    def say(self, text, *shown):
+        log(self, text, *shown)
         if text.startswith('epoch 1/'): shutil.rmtree(tmp_path/'run', ignore_errors=True)
     monkeypatch.setattr(running._Log, '__call__', say)
     code = main(f'train digits_lt --epochs 2 --batch_size 64 --expand 0 --output_dir {tmp_path}/run'.split())

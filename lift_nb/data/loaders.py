@@ -87,6 +87,12 @@ def _loading_error(e:Exception, # raised while a batch was loaded, perhaps in an
     return LiftError(f'A process that loads images died ({died[1] if died else type(e).__name__}), often for want of memory; fewer num_workers need less. '
         'What was saved before stays: with resume True the training goes on from there')
 
+def _first_loading_error(e, workers)->Exception: # as above
+    "The same; torch tells of a dead process by a signal, which may interrupt even this"
+    try: return _loading_error(e, workers)
+    except RuntimeError as again: return _loading_error(again, workers)
+
+
 # %% ../../nbs/data/09_loaders.ipynb #39940328
 class SeededDL(TfmdDL):
     "A fastai `TfmdDL` whose random transforms depend on the pass and the item only; `start` leaves out the first batches of the next pass"
@@ -121,7 +127,7 @@ class SeededDL(TfmdDL):
             self.passing, self.key = True, (self.pass_seed.item(), 'batch', i)
             with _random_from(*self.key):
                 try: b = next(batches, None)
-                except Exception as e: raise _loading_error(e, self.fake_l.num_workers > 0) from None
+                except Exception as e: raise _first_loading_error(e, self.fake_l.num_workers > 0) from None
                 finally: self.passing = False
             if b is None: return
             yield b
