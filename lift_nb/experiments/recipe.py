@@ -358,6 +358,11 @@ def _check_together(r): # a complete `Recipe`
     if r.accum_step != 'auto' and r.batch_size % r.accum_step:
         raise LiftError(f'A batch of {r.batch_size} images cannot be divided into {r.accum_step} equal gradient-accumulation steps')
 
+# %% ../../nbs/experiments/00_recipe.ipynb #4ec1a0d2
+def _shown(value)->str:
+    "Return a value for a column"
+    return 'none' if value is None else value if isinstance(value, str) and value.isprintable() else repr(value)
+
 # %% ../../nbs/experiments/00_recipe.ipynb #9af4ea23
 def _resolve_with_sources(**settings # by name; what is missing or None is filled in
 )->tuple: # Recipe, setting → 'default', 'backbone', 'method', 'data' or 'option'
@@ -384,10 +389,6 @@ def resolve(**settings # by name; what is missing or None is filled in
     return _resolve_with_sources(**settings)[0]
 
 # %% ../../nbs/experiments/00_recipe.ipynb #3400bafc
-def _shown(value)->str:
-    "Return a value for a column"
-    return 'none' if value is None else value if isinstance(value, str) and value.isprintable() else repr(value)
-
 def _value_word(value, # of a setting
 )->str:
     "Return a value as a part of a name"
