@@ -412,7 +412,7 @@ def export_model(model, # `Predictor`, `Learner` of `lift_plus_learner`, file of
     path, # file to write: .onnx, .pt2 or .safetensors
     format:str='onnx', # 'onnx', 'torch' (torch.export) or 'timm' (merged weights of the image tower, and the head)
     overwrite:bool=False, # replace a file that exists?
-    images=None, # as in `Predictor.logits`, on which the file is checked; None: photographs of scikit-learn
+    images=None, # on which the file is checked, of any kind that can be predicted; None: photographs of scikit-learn
 )->_Exported: # files, and the largest difference of logits
     "Write a trained model for another program; raises `LiftError` for what cannot be exported, or would predict something else"
     return _export(_as_predictor(model), path, format, overwrite, None if images is None else _list_images(images))
