@@ -271,15 +271,18 @@ def _estimated(p, z)->np.ndarray: # `Predictor`, (N, C) logits; (C,)
     q = _bbse(z.argmax(1).numpy(), np.array(c.predicted), np.array(c.targets), n_classes)
     return (n*q + 1)/(n + n_classes)
 
+def _named_prior(p, prior)->np.ndarray: # `Predictor`, as in `class_prior`; (C,)
+    from lift_nb.evaluation.prior import class_prior
+    return class_prior(prior, p.counts, p.classes)
+
 def _probabilities(p, z, prior=None, train_prior=None)->torch.Tensor: # `Predictor`, (N, C) logits; (N, C)
     "Return probabilities, calibrated where the model is, for a class mix"
     if prior is None and p.calibration is None: return z.softmax(-1)
     if prior is None: return torch.from_numpy(p.calibration.probabilities(z))
-    from lift_nb.evaluation.prior import class_prior
     if isinstance(prior, str): _lookup(dict.fromkeys(_PRIORS, True), prior, 'prior')
     balanced = _balanced(p, z, train_prior)
     estimate = isinstance(prior, str) and prior == 'estimate'
-    mix = _estimated(p, z) if estimate else class_prior(prior, p.counts, p.classes)
+    mix = _estimated(p, z) if estimate else _named_prior(p, prior)
     with np.errstate(divide='ignore'): return torch.from_numpy(balanced + np.log(mix)).softmax(-1)
 
 # %% ../nbs/01_predictor.ipynb #ca11b017
@@ -355,13 +358,9 @@ def calibrate(self:Predictor, images, # as in `predict`, not trained on
     "Fit temperature and thresholds, which `predict` then uses"
     from lift_nb.evaluation.decisions import _source_prior, fit_calibration
     y, z = _label_numbers(labels, self.classes), self.logits(images, tte=tte)
-    if prior is not None: levels |= dict(prior=_named_prior(prior, self), source=_source_prior(self.about, train_prior))
+    if prior is not None: levels |= dict(prior=_named_prior(self, prior), source=_source_prior(self.about, train_prior))
     self.calibration = fit_calibration(z, y, self.counts, by_group=by_group, **_group_limits(self.about), **levels)
     return self.calibration
-
-def _named_prior(prior, p:Predictor)->np.ndarray: # (C,)
-    from lift_nb.evaluation.prior import class_prior
-    return class_prior(prior, p.counts, p.classes)
 
 @patch
 def save(self:Predictor, path=None, # .safetensors; None: the file that the model came from

@@ -18,7 +18,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
 from ..core.errors import LiftError
-from ..data.dataset import _group_colors, shot_groups
+from ..data.dataset import shot_groups
 from .significance import _wilson
 
 # %% ../../nbs/evaluation/03_calibration.ipynb #9ab7ddb0
@@ -164,6 +164,10 @@ def threshold_for_precision(confidence, hits, # as in `risk_coverage`, of valida
         f'the best lower bound is {low.max():.3f}')
 
 # %% ../../nbs/evaluation/03_calibration.ipynb #326804dd
+def _rank(n:int, coverage:float)->int: # validation images
+    "Return which of their scores, counted from 1, is the threshold; above `n` there are too few"
+    return math.ceil((n + 1)*coverage)
+
 def conformal_thresholds(probabilities, # (N, C) of validation images
     targets, # (N,) labels
     coverage:float=.9, # share of new images whose set holds the true class, in (0, 1)
@@ -177,7 +181,7 @@ def conformal_thresholds(probabilities, # (N, C) of validation images
     groups = [np.ones(p.shape[1], bool)] if counts is None else shot_groups(counts, many, few).values()
     for mask in groups:
         s = np.sort(scores[mask[y]])
-        k = math.ceil((len(s) + 1)*coverage)
+        k = _rank(len(s), coverage)
         found[mask] = s[k-1] if k <= len(s) else 1.
     return found
 

@@ -127,14 +127,22 @@ def _reason(r, mean:float)->tuple: # row of `class_table`, mean recall; what to 
     if r.small: return 'training images', f'{surely}; it has only {r.train} training images'
     return 'confusion', f'{surely}, although it has {r.train} training images' + (f'; most often taken for {r.taken_for}' if r.taken_for else '')
 
+def _weak(table)->pd.DataFrame: # of `class_table`
+    "Return the classes that are surely below the mean, the weakest first"
+    return table[table.high < table.recall.mean()].sort_values(['high', 'train'], kind='stable')
+
+def _vague(table)->pd.DataFrame: # of `class_table`
+    "Return the classes whose interval is wider than 40 points, or that have no test image"
+    return table[~(table.high - table.low <= .4)]
+
 def next_steps(table:pd.DataFrame, # of `class_table`
     n:int=10, # rows of each kind, at most
 )->pd.DataFrame: # class, name, what, reason
     "Return which classes need training images, a look at their confusions, or test images, and why"
     mean, t = table.recall.mean(), table.assign(small=table.train < table.train.median())
-    weak = t[(t.high < mean) & (t.test > 0)].sort_values(['high', 'train'], kind='stable')
+    weak = _weak(t)
     rows = [(r.Index, r.name, *_reason(r, mean)) for r in pd.concat([weak[weak.small][:n], weak[~weak.small][:n]]).itertuples()]
-    wide = t[(t.test == 0) | (t.high - t.low > .4)].sort_values(['test', 'train'], kind='stable')[:n]
+    wide = _vague(t).sort_values(['test', 'train'], kind='stable')[:n]
     for r in wide.itertuples():
         known = f'{r.test} test images say only {100*r.low:.0f} to {100*r.high:.0f} %' if r.test else 'it has no test image'
         rows.append((r.Index, r.name, 'test images', f'{known}; about {r.test_needed} would give ± 10 points'))

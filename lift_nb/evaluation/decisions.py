@@ -6,7 +6,6 @@
 __all__ = ['Calibration', 'fit_calibration']
 
 # %% ../../nbs/evaluation/09_decisions.ipynb #5e948205
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..core.catalog import _trained_tau
 from ..core.errors import LiftError
 from ..data.dataset import shot_groups
 from lift_nb.evaluation.calibration import (
-    _checked, _divided, conformal_thresholds, fit_group_temperatures, fit_temperature, prediction_sets,
+    _checked, _divided, _rank, conformal_thresholds, fit_group_temperatures, fit_temperature, prediction_sets,
     threshold_for_precision)
 from .prior import class_prior, trained_prior
 
@@ -103,7 +102,7 @@ def _thin_groups(y, counts, coverage, groups:dict)->list: # sentences
     found = []
     for g, mask in shot_groups(counts, **groups).items():
         n = int(mask[y].sum())
-        over = [c for c in sorted(coverage) if math.ceil((n + 1)*c) > n] if mask.any() else []
+        over = [c for c in sorted(coverage) if _rank(n, c) > n] if mask.any() else []
         if over: found.append(f'{g}: {n} validation images are too few for a coverage of {over[0]:g}; '
             f'from there on a set holds every {g}-shot class')
     return found

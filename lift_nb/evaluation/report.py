@@ -21,7 +21,7 @@ from ..core.files import _atomic_write
 from .significance import intervals
 from .predictions import _harmless_cells
 from .calibration import expected_calibration_error
-from .class_table import _checked_labels, class_table, confusions, group_flow, next_steps, size_trend
+from .class_table import _checked_labels, _vague, _weak, class_table, confusions, group_flow, next_steps, size_trend
 from .report_plots import plot_confusion, plot_group_reliability, plot_history, plot_sizes
 
 # %% ../../nbs/evaluation/07_report.ipynb #bc265c4a
@@ -49,14 +49,13 @@ def _about_confidence(confidence, hits)->list:
 
 def _attention(table, pairs, flow, found, confidence, hits, n:int=3)->list: # what the sections are made of; sentences
     "Return what most deserves attention"
-    out, weak = _about_groups(found, flow), table[table.high < table.recall.mean()].sort_values(['high', 'train'], kind='stable')
+    out, vague = _about_groups(found, flow), _vague(table)
     if table.share_predicted.max() == 1:
         out.insert(0, f'Every test image is predicted as “{table.name[table.share_predicted.idxmax()]}”: the model tells nothing apart.')
-    for r in weak[:1].itertuples():
+    for r in _weak(table)[:1].itertuples():
         to = f' It is most often taken for “{r.taken_for}”.' if r.taken_for else ''
         out.append(f'“{r.name}” is the weakest class for certain: recall {100*r.recall:.0f} %, at most {100*r.high:.0f} %.{to}')
     out += _about_confidence(confidence, hits)
-    vague = table[~(table.high - table.low <= .4)]
     if len(vague):
         out.append(f'{len(vague)} of {len(table)} classes have too few test images for a statement: '
             'their interval is wider than 40 points.')

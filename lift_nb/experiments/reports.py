@@ -17,8 +17,9 @@ from ..data.images import _read_rgb
 from ..evaluation.predictions import _borders_beside, _names_of, _result_beside, read_predictions
 from ..evaluation.report import write_report
 from ..evaluation.comparison import write_comparison
-from .recipe import Recipe, _data_word, _value_word
+from .recipe import Recipe
 from .build import _load
+from .run import _report_words
 
 # %% ../../nbs/experiments/06_reports.ipynb #0a0450d9
 def _test_images(recipe:dict, # as it stands in result.json
@@ -31,11 +32,6 @@ def _test_images(recipe:dict, # as it stands in result.json
     if not same or _names_of(data.test_images) != list(predictions.image):
         return None, 'The test images cannot be shown: they are no longer the ones that were predicted'
     return (lambda i: _read_rgb(data.test_images[i], data.max_value)), ''
-
-def _title_of(recipe:dict, folder)->str: # as it stands in result.json
-    "Return what was trained on what"
-    if not isinstance(recipe, dict) or not recipe.get('data'): return Path(folder).name
-    return f"{_value_word(recipe.get('method') or 'lift+')} on {_data_word(recipe['data'])}"
 
 def _history_beside(folder)->pd.DataFrame|None:
     "Return the epochs of a run; None without them"
@@ -50,10 +46,11 @@ def report_run(folder, # of the run
     predictions, result = read_predictions(folder), _result_beside(folder)
     recipe, counts = result.get('recipe') or {}, result['class_counts']
     read, note = _test_images(recipe, predictions)
-    about = (f"{_data_word(recipe.get('backbone') or '')}; {len(counts):,} classes, {sum(counts):,} training and {len(predictions):,} test images; "
-        f"{result.get('trained_parameters', 0):,} trained parameters.")
-    return write_report(out or Path(folder)/'report', predictions, counts, result.get('classes'), _title_of(recipe, folder), about,
-        _history_beside(folder), read, notes=[note], **_borders_beside(folder))
+    words = _report_words(recipe.get('method') or 'lift+', recipe.get('data', ''), recipe.get('backbone') or '', counts, len(predictions),
+        result.get('trained_parameters', 0))
+    if not recipe.get('data'): words['title'] = Path(folder).name
+    return write_report(out or Path(folder)/'report', predictions, counts, result.get('classes'), **words,
+        history=_history_beside(folder), open_image=read, notes=[note], **_borders_beside(folder))
 
 def _short_names(folders)->list: # paths
     "Return the folders' names, or the whole paths where two have one name"

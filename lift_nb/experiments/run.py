@@ -277,14 +277,18 @@ def _history(learn)->pd.DataFrame: # a row for each epoch, counted from 1
     table.columns = [n for n in r.metric_names[1:] if n != 'time'][:table.shape[1]]
     return table.assign(lr=[r.lrs[min(i, len(r.lrs)) - 1] for i in r.iters])
 
+def _report_words(method, data, backbone, counts, n_test:int, trained:int)->dict: # of a recipe; class counts, test images, parameters
+    "Return title and first sentence of a run's report"
+    about = (f'{_data_word(backbone)}; {len(counts):,} classes, {sum(counts):,} training and {n_test:,} test images; '
+        f'{trained:,} trained parameters.')
+    return dict(title=f'{_value_word(method)} on {_data_word(data)}', about=about)
+
 def _write_learner_report(folder, learn, predictions, history=None, show:bool=True)->Path: # tables of predictions and epochs, show images?
     "Write the report of what a learner predicts for the test images"
     r, data, names = learn.recipe, learn.data, list(map(str, learn.dls.vocab))
     read = None if data is None or not show else lambda i: _read_rgb(data.test_images[i], data.max_value)
-    about = (f'{_data_word(r.backbone)}; {len(names):,} classes, {learn.counts.sum():,} training and {len(predictions):,} test images; '
-        f'{n_trainable(learn.model):,} trained parameters.')
-    title = f'{_value_word(r.method)} on {_data_word(r.data)}'
-    return write_report(folder, predictions, learn.counts, names, title, about, history, read, r.many, r.few)
+    words = _report_words(r.method, r.data, r.backbone, learn.counts, len(predictions), n_trainable(learn.model))
+    return write_report(folder, predictions, learn.counts, names, **words, history=history, open_image=read, many=r.many, few=r.few)
 
 def _try_report(folder, learn, predictions, history, say=print):
     "Write the report of a run; whatever fails there is told and costs nothing else"
