@@ -9,7 +9,6 @@ from lift_nb.models.adapters import auto_dim
 from lift_nb.data.crops import MDA_SCHEDULES, _crop_box, min_scale
 from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
-from lift_nb.original.options import _parse_value
 from lift_nb.data.dataset import class_counts, long_tail_counts, long_tail_subset, shot_groups
 from lift_nb.data.splits import _split_classes
 from lift_nb.models.heads import HEADS
@@ -129,9 +128,6 @@ def test_heads(name, d, c):
     assume(not (name == 'layernorm' and d == 1))
     h = HEADS[name](d, c)
     assert h(torch.randn(3, d)).shape == (3, c) and torch.allclose(h.weight.norm(dim=1), torch.ones(c), atol=1e-5)
-
-@given(st.text(max_size=40))
-def test_values_never_run(text): assert _parse_value(text) is None or isinstance(_parse_value(text), (str, int, float, bool, list, tuple))
 
 @settings(max_examples=60, deadline=None)
 @given(words=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4), key=st.sampled_from(['lr', 'epochs', 'batch_size', 'expand', 'tte', 'seed']))
