@@ -42,7 +42,8 @@ from .data.tables import from_table
 from lift_nb.models.adapters import (
     Parallel, Residual, Serial, Adapter, AdaptFormer, LoRA, SSF, MaskedLinear, Prompted, auto_dim,
     auto_ratio)
-from .models.backbones import Backbone, blocks, choose_attention, tiny_clip, create_backbone
+from .models.blocks import Backbone, blocks, choose_attention
+from .models.backbones import tiny_clip, create_backbone
 from .models.features import FeatureCache
 from .models.heads import LinearHead, CosineHead, L2NormHead, LayerNormHead, create_head
 from .models.merge import merge

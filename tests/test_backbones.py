@@ -12,7 +12,10 @@ from timm.layers import QuickGELU
 from torch import nn
 from torch.nn.functional import normalize
 
-from lift_nb.models.backbones import BACKBONES, _FEATURE_SLOT, _QuickGELU, blocks, _clip_backbone, _clip_rn_from, _clip_vit_from, create_backbone, _memory_saving_activations, _lookup_class, _slot, _timm_model
+from lift_nb.core.catalog import BACKBONES
+from lift_nb.models.blocks import _FEATURE_SLOT, _QuickGELU, blocks, _memory_saving_activations, _lookup_class, _slot
+from lift_nb.models.clip import _clip_backbone, _clip_rn_from, _clip_vit_from
+from lift_nb.models.backbones import create_backbone, _timm_model
 from lift_nb.core.errors import LiftError
 from lift_nb.models.text_heads import zero_shot_head
 from lift_nb.models.text import text_tower

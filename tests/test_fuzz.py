@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from lift_nb.models.backbones import _read_weights
+from lift_nb.models.weights import _read_weights
 from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
 from lift_nb.data.dataset import digits_lt

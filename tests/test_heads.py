@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import normalize
 
-from lift_nb.models.backbones import Backbone, create_backbone
+from lift_nb.models.blocks import Backbone
+from lift_nb.models.backbones import create_backbone
 from lift_nb.core.errors import LiftError
 from lift_nb.models.heads import INITS, _class_mean_rows, create_head, _labelled_features, _lda_rows, _linear_probing_rows, _semantic_rows
 from lift_nb.models.text_heads import zero_shot_head

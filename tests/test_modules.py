@@ -13,7 +13,9 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import nn
 
 from lift_nb.models.adapters import AdaptFormer, SSF, Adapter, LoRA, MaskedLinear, Parallel, Residual, Serial, _columns
-from lift_nb.models.backbones import blocks, _clip_backbone, _clip_rn_from, create_backbone, _memory_saving_activations, _n_features, choose_attention
+from lift_nb.models.blocks import blocks, _memory_saving_activations, _n_features, choose_attention
+from lift_nb.models.clip import _clip_backbone, _clip_rn_from
+from lift_nb.models.backbones import create_backbone
 from lift_nb.core.errors import LiftError
 from lift_nb.models.heads import CosineHead
 from lift_nb.original.checkpoints import load_original, _original_state, save_original

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from timm.layers import Attention
 from torch import nn
 
-from lift_nb.models.backbones import _clip_backbone, create_backbone, _read_weights, _tiny_clip_file
+from lift_nb.models.weights import _read_weights
+from lift_nb.models.clip import _clip_backbone
+from lift_nb.models.backbones import create_backbone, _tiny_clip_file
 from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
 from lift_nb.data.dataset import digits_lt

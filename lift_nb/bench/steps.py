@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import _lookup
-from ..models.backbones import choose_attention, create_backbone
+from ..models.blocks import choose_attention
+from ..models.backbones import create_backbone
 from ..models.text import TextTower
 from ..models.surgery import ADAPTERS, adapt, first_token_only
 from ..models.text_heads import _text_head_for

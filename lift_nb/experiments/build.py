@@ -35,7 +35,8 @@ from ..data.benchmarks import load_data
 from ..data.loaders import SeededDL, dataloaders
 from ..data.crops import CenterCrop, FiveCrops, MinimalistCrop, train_crop
 from ..models.precision import autocast
-from ..models.backbones import Backbone, create_backbone
+from ..models.blocks import Backbone
+from ..models.backbones import create_backbone
 from ..models.surgery import n_trainable
 from ..models.features import FeatureCache, _CachedFeatures
 from ..models.model import LiftModel, assemble, compile_backbone

@@ -14,7 +14,8 @@ from torch import nn, Tensor
 from safetensors.torch import load_file, save_file
 
 from ..core.errors import LiftError
-from ..models.backbones import _FEATURE_SLOT, Backbone, blocks, create_backbone, _lookup_class
+from ..models.blocks import _FEATURE_SLOT, blocks, _lookup_class
+from ..models.backbones import create_backbone
 from ..models.text import TEMPLATE, text_tower
 from ..models.adapters import MaskedLinear, Serial
 from ..models.surgery import _differences, _scaled_adaptformers, n_trainable
