@@ -39,11 +39,6 @@ def piped(words, cwd, **env): return subprocess.run(words, cwd=cwd, env=environm
 def widest(said): # of the lines that hold no path
     return max(len(l) for l in re.split(r'[\r\n]+', ESCAPES.sub('', said)) if '/' not in l.replace('1/2', '').replace('2/2', ''))
 
-def settled(said): # lines that stay, without colour and seconds
-    lines = [re.sub(r'\x1b\[[0-9;]*m', '', l) for l in said.replace('\r\n', '\n').split('\n')]
-    kept = [re.split(r'\r|\x1b\[2K', l)[-1] for l in lines]
-    return [re.sub(r'\d+:\d\d.*|/.*', '', l).rstrip() for l in kept if not ESCAPES.search(l.replace('\x1b[2K', ''))]
-
 @pytest.mark.parametrize('columns, colours', [(80, {}), (120, dict(NO_COLOR='1'))], ids=['80', '120 without colours'])
 def test_in_a_terminal(columns, colours, tmp_path):
     said, code = in_terminal([*LIFT_NB, *RUN], tmp_path, columns, **colours)
