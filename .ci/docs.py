@@ -1,11 +1,11 @@
 "Build the documentation into _docs/ without Quarto and check it: a page and an anchor for every name, no dead link"
-import importlib, re, shutil, sys, tempfile
+import importlib, json, re, shutil, sys, tempfile
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import pypandoc
+import pypandoc, yaml
 from execnb.nbio import read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
@@ -51,6 +51,20 @@ class OfflineSite(Site):
             w, src = o.metadata.get('image/png', {}).get('width'), o.data['image/png'].strip() + '"'
             if w: page.html = page.html.replace(src, f'{src} width="{w}"')
 
+def improve_search(site:Site):
+    "Rank by words, and find pages by their first sentence and by the keywords that .ci/search.yml lists for them"
+    here, index = Path(__file__).parent, site.out/'search.json'
+    entries, keywords = json.loads(index.read_text(encoding='utf-8')), yaml.safe_load((here/'search.yml').read_text(encoding='utf-8'))
+    pages = {str(p.out): p for p in site.pages.values()}
+    if unknown := keywords.keys() - pages.keys(): sys.exit(f'.ci/search.yml names {sorted(unknown)}, which are no pages')
+    top = {e['href']: e for e in entries if not e['section']}
+    for href, p in pages.items():
+        if href not in top: entries.append(top.setdefault(href, dict(objectID=href, href=href, title=p.title, section='', text='')))
+        said = ' '.join(str(p.meta[k]) for k in ('subtitle', 'description') if p.meta.get(k))
+        top[href].update(keywords=f"{said} {keywords.get(href, '')}", text=top[href]['text'] or said)
+    index.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
+    with (site.out/'site_libs/fuse/fuse.min.js').open('a', encoding='utf-8') as f: f.write('\n' + (here/'search.js').read_text(encoding='utf-8'))
+
 def build(out:Path)->list: # smalldocs' warnings
     "The site that Quarto makes for GitHub Pages, by smalldocs"
     refresh_quarto_yml()
@@ -60,6 +74,7 @@ def build(out:Path)->list: # smalldocs' warnings
         site = OfflineSite(load(tmp), quiet=True)
         site.out = out
         site.build()
+        improve_search(site)
     return [w for w in site.warnings if not any(k in w for k in only_quarto)]
 
 class Page(HTMLParser):

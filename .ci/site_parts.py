@@ -37,6 +37,8 @@ class ParameterTable(BasicMarkdownRenderer):
 class Lookup(NbdevLookup):
     def doc(self, sym):
         return None if any(p.startswith('_') for p in sym.split('.')) else super().doc(sym)
+    def link_line(self, line): # what is a link already stays as it is
+        return ''.join(s if s.startswith('[') else super(Lookup, self).link_line(s) for s in re.split(r'(\[[^\]]*\]\([^)]*\))', line))
     def _link_sym(self, m):
         return m.group(0) if m.group(1) in words and not m.group(0).endswith('()`') else super()._link_sym(m)
 

@@ -88,3 +88,9 @@ def test_top_level():
     names = subprocess.check_output(['git', 'ls-files'], cwd=root, text=True).splitlines()
     extra = {n.split('/')[0] for n in names} - allowed
     assert not extra, f'not at the top level: {sorted(extra)}'
+
+@each_notebook
+def test_a_rerun_keeps_committed_results(notebook): # `new/'file'` or the like instead: where LIFT_NB_RESULTS says
+    written = re.compile(r"(write_text|write_bytes|to_csv|savez\w*|copy|_write_json|open)\([^\n]*\.\./results|\.\./results[^\n]*\)\.(write_text|write_bytes)\(")
+    found = [c.source for c in read_nb(notebook).cells if c.cell_type == 'code' and written.search(c.source)]
+    assert not found, f'{notebook.name} overwrites committed results: {found}'

@@ -119,6 +119,9 @@ def _beside_published(out:pd.DataFrame, done:pd.DataFrame)->pd.DataFrame:
         out.loc[n, ['published', 'spread', 'source']] = [r['overall'], _verdict(v.mean(), 0. if len(v) < 2 else v.std(), r), r['source']]
     return out
 
+def _spread_text(n:int)->str: # n seeds
+    return 'one seed' if n == 1 else f'mean ± standard deviation over {n} seeds'
+
 def _protocol_text(tidy:pd.DataFrame, folder=None)->str:
     "What the numbers rest on, in one paragraph"
     done = tidy.dropna(subset=['overall'])
@@ -128,5 +131,5 @@ def _protocol_text(tidy:pd.DataFrame, folder=None)->str:
     notes = sorted({_single_image_note(f[0].label.value_counts()) for f in known} - {''})
     interval = 'in brackets the 95 % confidence interval of that mean over test images within each class, for the networks as they were trained; '
     return ("Accuracy in percent on the test set of each data set, after the last epoch; groups by the data set's own training counts "
-            f"(many > {borders['many']}, few < {borders['few']}); mean ± standard deviation over {done.seed.nunique()} seeds; "
+            f"(many > {borders['many']}, few < {borders['few']}); {_spread_text(done.seed.nunique())}; "
             f"{interval if known else ''}{devices}, torch {torch}." + ''.join(f' {n}.' for n in notes))
