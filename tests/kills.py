@@ -12,6 +12,7 @@ import numpy as np, torch
 from PIL import Image
 
 import lift_nb.core.files as files
+import lift_nb.experiments.run as running
 from lift_nb.core.errors import LiftError
 from lift_nb.core.files import _read_tensors, _write_json
 from lift_nb.core.locks import _locked
@@ -25,7 +26,7 @@ DIGITS = digits_lt(n_max=40, n_test=1)
 SMALL = dict(backbone='tiny_clip', epochs=2, batch_size=16, expand=0, validate=False, device='cpu', echo=lambda line: None)
 VARIANTS = { # name → what differs from LIFT+ on the digits
     'LIFT+': {}, 'evaluated after each epoch': dict(validate=True), 'TTE': dict(tte=True), 'linear probing': dict(method='lp'),
-    'cached features': dict(method='lp', mda=False, features='features'), 'LoRA and SSF': dict(modules='lora+ssf'), 'prompts': dict(modules='vpt'),
+    'cached features': dict(method='lp', mda='plain', features='features'), 'LoRA and SSF': dict(modules='lora+ssf'), 'prompts': dict(modules='vpt'),
     'Adapter': dict(modules='adapter'), 'BitFit': dict(modules='bitfit'), 'arbitrary entries': dict(method='aft'), 'LayerNorm': dict(modules='ln'),
     'full fine-tuning': dict(method='fft'), 'text tower': dict(method='text'), 'CoOp': dict(method='coop', mda=False),
     'CLIP-Adapter': dict(method='clip_adapter'), 'class means': dict(init='class_mean'), 'LADE': dict(loss='lade'), 'class-balanced loss': dict(loss='cb'),
@@ -165,11 +166,14 @@ def images(root:Path):
     return root
 
 def job_of(name, options, place:Path, save_steps=1):
-    "The run of a variant in a folder"
+    "The run of a variant in a folder; only LIFT+ draws its picture and report, which take longer than such a training"
     options = dict(SMALL, data=DIGITS, save_steps=save_steps) | options
     if options['data'] == 'folder': options['data'] = str(place.parent/'images')
     if 'features' in options: options['features'] = str(place/'features')
-    return lambda: run(place/'run', resume=True, **options)
+    def job():
+        if name != 'LIFT+': running._draw = running._try_report = lambda *args: None
+        run(place/'run', resume=True, **options)
+    return job
 
 def variant(name, options, root:Path, n:int, rng)->dict: # way → kills
     "Kill a variant `n` times, about three times in a row before it may end, in each of the ways"
