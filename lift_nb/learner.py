@@ -22,8 +22,9 @@ from .evaluation.metrics import Scores, score_preds
 from .evaluation.predictions import prediction_table, top_predictions
 from .training.callbacks import EpochCosine
 from .training.resume import _fit_resumably
+from .data.loaders import _worker_deaths_as_errors
 from .experiments.recipe import Recipe, _ALIASES, _FIELDS, _result_settings, resolve
-from .experiments.build import _build, _logits, _train_on_cached_features, _tte_dl
+from .experiments.build import _build, _history, _logits, _train_on_cached_features, _tte_dl
 
 # %% ../nbs/00_learner.ipynb #b7f16748
 _LEARNER_OPTIONS = ('path', 'model_dir', 'metrics', 'cbs', 'pretrained')
@@ -76,15 +77,14 @@ def fit_lift(self:Learner,
     "Train with the recipe's epochs, learning rate and cosine schedule; with `resume`, an interrupted training goes on"
     epochs, cbs = self.recipe.epochs if epochs is None else epochs, [EpochCosine(), *L(cbs)]
     folder = self.path/self.model_dir/'resume' if resume is True else resume
-    with _train_on_cached_features(self):
+    with _worker_deaths_as_errors(), _train_on_cached_features(self):
         if resume: _fit_resumably(self, epochs, lr, cbs, folder, minutes, steps, about=_result_settings(vars(self.recipe)))
         else: self.fit(epochs, lr, cbs=cbs)
 
 @patch
-def history(self:Learner)->pd.DataFrame: # a row for each epoch
-    "Return losses and metrics of the last training"
-    names = self.recorder.metric_names[1:]
-    return pd.DataFrame(list(map(list, self.recorder.values)), columns=[n for n in names if n != 'time']).rename_axis('epoch')
+def history(self:Learner)->pd.DataFrame: # a row for each epoch, counted from 1
+    "Return losses, metrics and learning rate of the last training"
+    return _history(self)
 
 # %% ../nbs/00_learner.ipynb #476a7c4d
 @patch
@@ -122,7 +122,7 @@ def report(self:Learner,
     expand:int|None=None, # margin of the five crops in pixels
 )->Path: # of the page
     "Write a report about the classes, images and training of this learner"
-    from lift_nb.experiments.run import _history, _write_learner_report
+    from lift_nb.experiments.run import _write_learner_report
     history, found = _history(self), top_predictions([self.logits(dl, tte, expand)])
     images = range(len(found.labels)) if dl is not None or self.data is None else self.data.test_images
     table = prediction_table(images, found, list(map(str, self.dls.vocab)))

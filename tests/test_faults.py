@@ -66,7 +66,7 @@ def test_interrupted_with_an_empty_group(tmp_path):
 
 def full(*args, **kwargs): raise OSError(28, 'No space left on device')
 
-@pytest.mark.parametrize('what', ['_draw', '_write_predictions', '_write_scalars', '_write_json'])
+@pytest.mark.parametrize('what', ['_draw', '_write_predictions', '_write_scalars', '_write_result'])
 def test_the_model_is_written_first(what, tmp_path, monkeypatch, capsys):
     "Whatever else cannot be written at the end, the trained tensors are there"
     monkeypatch.setattr(running, what, full)

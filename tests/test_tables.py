@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
 from lift_nb.experiments.run import run
-from lift_nb.core.files import _read_tensors
+from lift_nb.core.files import _read_tensors, _write_result
 from lift_nb.evaluation.metrics import score_preds
 from lift_nb.evaluation.predictions import compare_runs, prediction_table, read_predictions, _same_images, top_predictions, _write_predictions
 from lift_nb.experiments.sweeps import run_all, _runs_of
@@ -54,7 +54,7 @@ def test_what_cannot_be_compared(carried_out, tmp_path, capsys):
     shutil.copytree(a, tmp_path/'b')
     seal = _write_predictions(tmp_path/'b/predictions.csv', read_predictions(a)[:400].assign(label=1))
     result = json.loads((tmp_path/'b/result.json').read_text(encoding='utf-8'))
-    (tmp_path/'b/result.json').write_text(json.dumps({**result, 'predictions': seal}), encoding='utf-8')
+    _write_result(tmp_path/'b/result.json', {**result, 'predictions': seal})
     for words, says in ([a, tmp_path/'nowhere'], 'There are no predictions'), ([a, tmp_path/'b'], '100 (\'400\''), ([a], 'takes'):
         assert main(['compare', *map(str, words)]) == 2
         err = capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_seeds_tested_on_different_images(carried_out, tmp_path):
     seal = _write_predictions(place/'predictions.csv', read_predictions(place)[:499])
     with pytest.raises(LiftError, match='is not the table that was written with result.json'): render_table(carried_out[1], tmp_path/'t')
     result = json.loads((place/'result.json').read_text(encoding='utf-8'))
-    (place/'result.json').write_text(json.dumps({**result, 'predictions': seal}), encoding='utf-8')
+    _write_result(place/'result.json', {**result, 'predictions': seal})
     with pytest.raises(LiftError, match="not predictions for the same images: 1 \\('499'\\) of 500"): render_table(carried_out[1], tmp_path/'t')
     (place/'predictions.csv').unlink()
     assert '[' not in render_table(carried_out[1], tmp_path/'t').loc['linear probing', 'overall'] and '[' in render_table(carried_out[1], tmp_path/'t').loc['LIFT+', 'overall']

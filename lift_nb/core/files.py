@@ -56,6 +56,33 @@ def _write_json(path:Path, # file to write
     "Write a JSON file that is never seen half-written"
     with _atomic_write(path) as part: part.write_text(_as_json(data, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
+# %% ../../nbs/core/01_files.ipynb #5633916e
+def _file_checksum(path:Path)->str: # hexadecimal digits
+    "Checksum of the bytes of a file"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+
+def _json_seal(data:dict, # what `json` reads and writes
+)->str: # hexadecimal digits
+    "Checksum of all fields but `sha256`"
+    rest = {k: v for k, v in data.items() if k != 'sha256'}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+def _write_result(path:Path, # file to write
+    data:dict, # what `_as_json` understands
+):
+    "Write a JSON file with its checksum in the field `sha256`"
+    plain = json.loads(_as_json(data))
+    _write_json(path, {**plain, 'sha256': _json_seal(plain)})
+
+def _read_result(path:Path, # what `_write_result` wrote
+)->dict:
+    "Read a JSON file; raises `LiftError` when it is missing, damaged or changed"
+    try: data = json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as e: raise LiftError(f"Cannot read '{path}': {e.strerror or e}") from None
+    except (ValueError, RecursionError): raise LiftError(f"'{path}' is damaged: it is no JSON") from None
+    if isinstance(data, dict) and data.get('sha256') in (None, _json_seal(data)): return data
+    raise LiftError(f"'{path}' is damaged, or was changed after it was written: its checksum does not fit")
+
 # %% ../../nbs/core/01_files.ipynb #f17e101a
 def _hash_tensors(h, # of hashlib
     tensors:dict, # name → tensor

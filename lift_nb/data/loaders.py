@@ -92,6 +92,14 @@ def _first_loading_error(e, workers)->Exception: # as above
     try: return _loading_error(e, workers)
     except RuntimeError as again: return _loading_error(again, workers)
 
+@contextmanager
+def _worker_deaths_as_errors():
+    "Turn torch's signal that a worker died, which may interrupt any line, into a `LiftError`"
+    try: yield
+    except RuntimeError as e:
+        if (found := _loading_error(e, False)) is e: raise
+        raise found from None
+
 
 # %% ../../nbs/data/09_loaders.ipynb #39940328
 class SeededDL(TfmdDL):

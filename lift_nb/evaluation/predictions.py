@@ -6,8 +6,7 @@
 __all__ = ['TopPredictions', 'top_predictions', 'prediction_table', 'read_predictions', 'compare_runs']
 
 # %% ../../nbs/evaluation/02_predictions.ipynb #c0bc16b4
-import json, os
-from hashlib import sha256
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import pandas as pd
 import torch
 
 from ..core.errors import LiftError
-from ..core.files import _atomic_write
+from ..core.files import _atomic_write, _file_checksum, _read_result
 from ..data.lists import _examples
 from .significance import compare_paired
 
@@ -82,8 +81,7 @@ def prediction_table(images, # N paths, arrays or PIL images
 def _predictions_seal(path, # of a table of predictions
 )->dict: # rows, sha256
     "What tells whether this is still the same table"
-    data = Path(path).read_bytes()
-    return dict(rows=len(pd.read_csv(path, usecols=['label'], encoding_errors='surrogateescape')), sha256=sha256(data).hexdigest())
+    return dict(rows=len(pd.read_csv(path, usecols=['label'], encoding_errors='surrogateescape')), sha256=_file_checksum(path))
 
 def _write_predictions(path, # .csv
     table:pd.DataFrame, # of `prediction_table`
@@ -93,14 +91,15 @@ def _write_predictions(path, # .csv
     with _atomic_write(path) as part: _harmless_cells(table).to_csv(part, **options)
     return _predictions_seal(path)
 
+_SEALED_IN = {'predictions.csv': ('result.json', 'predictions'), 'history.csv': ('result.json', 'history'),
+    'test_only_predictions.csv': ('test_only.json', 'predictions')} # file → where its checksum stands
+
 def _check_seal(path:Path):
     "Raise `LiftError` when the run's result tells of another table"
-    names = {'predictions.csv': 'result.json', 'test_only_predictions.csv': 'test_only.json'}
-    if path.name not in names: return
-    result = path.with_name(names[path.name])
-    try: seal = json.loads(result.read_text(encoding='utf-8')).get('predictions')
-    except (OSError, ValueError, AttributeError, RecursionError): return # no result beside it
-    if not isinstance(seal, dict) or seal.get('sha256') == sha256(path.read_bytes()).hexdigest(): return
+    name, field = _SEALED_IN.get(path.name, (None, None))
+    if name is None or not (result := path.with_name(name)).is_file(): return
+    seal = _read_result(result).get(field)
+    if not isinstance(seal, dict) or seal.get('sha256') == _file_checksum(path): return
     raise LiftError(f"'{path}' is not the table that was written with {result.name} ({seal.get('rows')} rows): it was cut off, changed or exchanged")
 
 def _parse_predictions(path:Path)->pd.DataFrame:
@@ -147,10 +146,9 @@ def _result_beside(path, # a run's folder, or a file in it
 )->dict: # what stands in result.json
     "The result of a run; raises `LiftError` when it is not there"
     folder = Path(path) if os.path.isdir(path) else Path(path).parent
-    try:
-        result = json.loads((folder/'result.json').read_text(encoding='utf-8'))
-        if all(type(n) is int and n >= 0 for n in result['class_counts']): return result
-    except (OSError, ValueError, KeyError, TypeError, RecursionError): pass
+    result = _read_result(folder/'result.json') if (folder/'result.json').is_file() else {}
+    counts = result.get('class_counts')
+    if isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts): return result
     raise LiftError(f"There is no result.json with class counts in '{folder}'; pass counts")
 
 def _counts_beside(path)->list: # (C,)

@@ -13,6 +13,7 @@ from functools import partial
 from inspect import signature
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import noop
@@ -32,7 +33,7 @@ from ..core.processes import is_distributed
 from ..data.dataset import LongTailData, class_counts, long_tail_subset
 from ..data.splits import _name_classes
 from ..data.benchmarks import load_data
-from ..data.loaders import SeededDL, dataloaders
+from ..data.loaders import SeededDL, dataloaders, _worker_deaths_as_errors
 from ..data.crops import CenterCrop, FiveCrops, MinimalistCrop, train_crop
 from ..models.precision import autocast
 from ..models.blocks import Backbone
@@ -323,6 +324,15 @@ def _train_on_cached_features(learn:Learner):
         learn.dls, learn.model, learn.opt = dls, model, None
 
 # %% ../../nbs/experiments/01_build.ipynb #20c8179a
+def _history(learn:Learner)->pd.DataFrame: # a row for each epoch, counted from 1
+    "Return losses, accuracies and the head's learning rate of the last training; empty without one"
+    r = learn.recorder
+    rows = [[v if isinstance(v, (int, float)) else float('nan') for v in row] for row in getattr(r, 'values', [])]
+    if not rows: return pd.DataFrame()
+    table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='epoch'))
+    table.columns = [n for n in r.metric_names[1:] if n != 'time'][:table.shape[1]]
+    return table.assign(lr=[r.lrs[min(i, len(r.lrs)) - 1] for i in r.iters])
+
 @contextmanager
 def _preserved_history(learn:Learner):
     "Afterwards the recorder holds the last training, whatever fastai has written over it"
@@ -347,5 +357,5 @@ def _logits(learn:Learner,
     expand:int|None=None, # margin of the five crops in pixels
 )->tuple: # (N, C) raw logits, (N,) labels
     "Return raw logits and labels, on the CPU"
-    with _preserved_history(learn):
+    with _preserved_history(learn), _worker_deaths_as_errors():
         return learn.get_preds(dl=_tte_dl(learn, expand, dl) if tte else dl or _test_dl(learn), act=noop)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import LiftError
 from ..data.images import _read_rgb
-from ..evaluation.predictions import _borders_beside, _names_of, _result_beside, read_predictions
+from ..evaluation.predictions import _borders_beside, _check_seal, _names_of, _result_beside, read_predictions
 from ..evaluation.report import write_report
 from ..evaluation.comparison import write_comparison
 from .recipe import Recipe
@@ -35,7 +35,9 @@ def _test_images(recipe:dict, # as it stands in result.json
 
 def _history_beside(folder)->pd.DataFrame|None:
     "Return the epochs of a run; None without them"
-    try: return pd.read_csv(Path(folder)/'history.csv', index_col='epoch')
+    path = Path(folder)/'history.csv'
+    if path.is_file(): _check_seal(path)
+    try: return pd.read_csv(path, index_col='epoch')
     except (OSError, ValueError): return None
 
 # %% ../../nbs/experiments/06_reports.ipynb #2f9ec15a

@@ -23,11 +23,11 @@ from fastai.learner import Learner, Recorder
 from ..core.errors import LiftError
 from ..core.screen import _Screen, _printable, _printable_lines
 from ..core.processes import (init_distributed, is_main, run_on_main, _peer_failures_as_errors, _world_size)
-from ..core.files import _as_json, _read_tensors, _write_json
+from ..core.files import _as_json, _atomic_write, _file_checksum, _read_result, _read_tensors, _write_result
 from ..core.locks import _LOCK, _locked
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
 from ..data.images import _read_rgb
-from ..data.loaders import _data_parts
+from ..data.loaders import _data_parts, _worker_deaths_as_errors
 from ..models.surgery import load_trainable, n_trainable
 from ..models.model import set_precision
 from ..training.callbacks import EpochCosine, SkipValidation, _WatchLoading
@@ -44,7 +44,7 @@ from ..original.checkpoints import _load_original_tensors, _read_original, _set_
 from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
 from lift_nb.experiments.recipe import (Recipe, RunSettings, _FIELDS, _check_value, _known, _data_word, _result_settings, _value_word,
     resolve, run_name)
-from .build import _build, _inputs, _logits, _train_on_cached_features, _uses_cached_features
+from .build import _build, _history, _inputs, _logits, _train_on_cached_features, _uses_cached_features
 
 # %% ../../nbs/experiments/02_run.ipynb #cd875e2b
 _CHECKPOINTS = 'resume' # the folder of the checkpoints in that of a run
@@ -63,13 +63,16 @@ def _finished_result(folder:Path, # of a run
     say=print, # where to tell that a result is another run's
 )->dict|None: # what stands in result.json
     "Return the result of a finished run of the same recipe on the same images and weights"
+    if not (folder/'result.json').is_file(): return None
+    try: result = _read_result(folder/'result.json')
+    except LiftError as e: return say(str(e))
     try:
-        result = json.loads((folder/'result.json').read_text(encoding='utf-8'))
         if _result_settings(result['recipe']) != json.loads(_as_json(_result_settings(r.settings()))): return None
         odd = _differing_parts(identity, result.get('fingerprint'))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
-    if odd: say(f"The result in '{folder}' belongs to other inputs ({', '.join(odd)} differ)")
-    return None if odd else result
+    except (ValueError, KeyError, TypeError, AttributeError): return None
+    if odd: return say(f"The result in '{folder}' belongs to other inputs ({', '.join(odd)} differ)")
+    shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True) # where the run was ended before it could do so
+    return result
 
 def _archive_previous(folder:Path, # held by this process
     say=print, # where to tell what was moved
@@ -268,15 +271,6 @@ def _test(learn, r, phases, echo, log)->tuple: # scores, `TopPredictions`
     return score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few), found
 
 # %% ../../nbs/experiments/02_run.ipynb #b6d1c8e2
-def _history(learn)->pd.DataFrame: # a row for each epoch, counted from 1
-    "Return losses, accuracies and the head's learning rate of the last training; empty without one"
-    r = learn.recorder
-    rows = [[v if isinstance(v, (int, float)) else float('nan') for v in row] for row in getattr(r, 'values', [])]
-    if not rows: return pd.DataFrame()
-    table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='epoch'))
-    table.columns = [n for n in r.metric_names[1:] if n != 'time'][:table.shape[1]]
-    return table.assign(lr=[r.lrs[min(i, len(r.lrs)) - 1] for i in r.iters])
-
 def _report_words(method, data, backbone, counts, n_test:int, trained:int)->dict: # of a recipe; class counts, test images, parameters
     "Return title and first sentence of a run's report"
     about = (f'{_data_word(backbone)}; {len(counts):,} classes, {sum(counts):,} training and {n_test:,} test images; '
@@ -326,20 +320,25 @@ def _finish(folder, *args):
     except OSError as e: raise LiftError(f"Cannot write the results to '{folder}' ({e.strerror or e}); what was written before stays, "
         'and with resume True the run ends without training again') from None
 
+def _write_history(path, history)->dict: # rows, sha256
+    "Write the epochs of a run"
+    with _atomic_write(path) as part: history.to_csv(part)
+    return dict(rows=len(history), sha256=_file_checksum(path))
+
 def _write_results(folder, learn, result, s, predictions, name='result', say=print, history=None):
-    "Write the trained tensors (after training), predictions, picture, scores, and at last the result"
+    "Write the trained tensors (after training), predictions, picture, scores, report, and at last the result"
     r, trained = learn.recipe, name == 'result'
     if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings(), calibration=learn.calibration)
-    seal = _write_predictions(folder/f'{"" if trained else name + "_"}predictions.csv', predictions)
+    seals = dict(predictions=_write_predictions(folder/f'{"" if trained else name + "_"}predictions.csv', predictions))
     try:
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
         _write_scalars(folder, r, s, name)
-        if trained and history is not None and len(history): history.to_csv(folder/'history.csv')
+        if trained and history is not None and len(history): seals['history'] = _write_history(folder/'history.csv', history)
     except (OSError, ValueError, TypeError) as e: # the picture is not worth the result
         say(f"Could not write the picture to '{folder}' ({getattr(e, 'strerror', None) or e})")
-    _write_json(folder/f'{name}.json', dict(result, predictions=seal))
-    if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
     _try_report(folder/f'{"" if trained else name + "_"}report', learn, predictions, history, say)
+    _write_result(folder/f'{name}.json', dict(result, **seals))
+    if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
     return result
 
 # %% ../../nbs/experiments/02_run.ipynb #5c1e2a02
@@ -415,7 +414,8 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
     r, phases = resolve(**given), _Phases()
     init_distributed(r.device)
     echo = (echo or _Screen()) if is_main() else noop
-    with _peer_failures_as_errors(), _locked_folder(output_dir or Path('output')/run_name(**given), echo) as folder:
+    place = output_dir or Path('output')/run_name(**given)
+    with _peer_failures_as_errors(), _worker_deaths_as_errors(), _locked_folder(place, echo) as folder:
         with phases('build'):
             inputs = _run_inputs(r, settings, echo)
             identity = _identity(r, *inputs)
@@ -431,8 +431,7 @@ def run(output_dir=None, # folder of the run; None: output/<name of the run>
             _train(learn, r, log, folder, phases, s, echo)
         name, history = 'test_only' if s.test_only else 'result', _history(learn) # before testing starts the recorder anew
         scores, found = _test(learn, r, phases, echo, log)
-        memory = f'peak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB'
-        log(f'test: {_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
+        _log_scores(learn, log, scores, found)
         predictions = prediction_table(learn.data.test_images, found, learn.data.classes)
         result = _result_record(learn, r, scores, phases, s.validate)
         return run_on_main(_finish, folder, learn, dict(result, fingerprint=identity), scores, predictions, name, log, history)
@@ -443,6 +442,11 @@ def _log_start(learn, log):
     if learn.compile_seconds: log(f'Compiled the image tower in {learn.compile_seconds:.1f} s')
     log(f"{_method_words(r)} on {learn.data}\n{n_trainable(learn.model):,} trained parameters; "
         f"{_as_json({k: v for k, v in r.settings().items() if v is not None})}", lambda screen: _show_start(screen, learn))
+
+def _log_scores(learn, log, scores:Scores, found): # of `_test`
+    "Tell what came out"
+    memory = f'peak memory {_peak_memory(learn.dls.device)/1e9:.2f} GB'
+    log(f'test: {_summary(scores)}\n{memory}', lambda screen: _show_scores(screen, learn, scores, found))
 
 def _summary(s:Scores)->str:
     "Return one line of scores; a dash for an empty group"
