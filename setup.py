@@ -19,7 +19,7 @@ setup(
     project_urls={'Documentation': docs, 'Source': cfg['git_url'], 'Issues': f"{cfg['git_url']}/issues", 'Changelog': f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
     packages=find_packages(include=['lift_nb', 'lift_nb.*']), package_data={'lift_nb': ['weights/*.safetensors', 'evaluation/*.html', 'py.typed']},
     include_package_data=False, zip_safe=False, python_requires='>='+cfg['min_python'],
-    install_requires=cfg['requirements'].split(), extras_require={e: cfg[f'{e}_requirements'].split() for e in ('dev', 'ray', 'export')},
+    install_requires=cfg['requirements'].split(), extras_require={e: cfg[f'{e}_requirements'].split() for e in ('dev', 'ray', 'export', 'labels', 'demo')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=[f'Development Status :: {status} - {statuses[status-1]}', f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}", 'Programming Language :: Python :: 3', *pythons, 'Typing :: Typed',

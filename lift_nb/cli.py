@@ -267,13 +267,15 @@ def _compare(words):
     from lift_nb.evaluation.predictions import compare_runs
     _say(compare_runs(*words).rename(columns=dict(zip(('first', 'second'), words))).round(3).to_string(line_width=_width()))
 
-def _report(words, out=None):
+def _report(words, out=None, check_data=None):
     """Write the report of a run, or compare several, as an HTML page with tables beside it.
 
     RUN is the folder of a run; its report goes to its folder report, a comparison to output/report."""
     if not words: raise LiftError("'lift_nb report' takes the folders of one or more runs")
+    check = _own('check_data', check_data, _flag, False)
+    if check and len(words) > 1: raise LiftError('check_data looks at the data of one run, not of several')
     from lift_nb.experiments.reports import report_run, report_runs
-    try: page = report_run(words[0], out) if len(words) == 1 else report_runs(words, out or 'output/report')
+    try: page = report_run(words[0], out, check) if len(words) == 1 else report_runs(words, out or 'output/report')
     except OSError as e: raise LiftError(f"Cannot write the report to '{out or 'output/report'}': {e.strerror or e}") from None
     _say(f'Report: {page.resolve()}')
 
@@ -377,7 +379,8 @@ def _commands()->dict: # name → click's command
             ['lift_nb table digits --against cross-entropy']),
         _command('sweep', _sweep, [*_RUNS, _DRY, *every], '[DATA]', ['lift_nb sweep path/to/images --lr 0.01,0.02 --seed 0:3']),
         _command('compare', _compare, (), 'FIRST SECOND', ['lift_nb compare output/a output/b']),
-        _command('report', _report, _plain(('out', 'folder of the page and the tables')), 'RUN…',
+        _command('report', _report, _plain(('out', 'folder of the page and the tables'),
+            ('check_data', 'look for likely label errors and near duplicates, with features of all images? [False]')), 'RUN…',
             ['lift_nb report output/digits_lt_tiny_clip_lift+', 'lift_nb report output/a output/b output/c --out comparison']),
         _command('methods', _methods, [_DRY], '[SEEDS]', ['lift_nb methods 3']),
         _command('bench', _bench, (), '[WHAT] [BACKBONE]', ['lift_nb bench step clip_vit_b16']),

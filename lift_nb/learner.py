@@ -19,7 +19,7 @@ import fastai.vision.learner  # teaches show_results about images
 from .core.deprecated import _moved
 from .core.errors import LiftError, _nearest
 from .evaluation.metrics import Scores, score_preds
-from .evaluation.predictions import prediction_table, top_predictions
+from .evaluation.predictions import prediction_table
 from .training.callbacks import EpochCosine
 from .training.resume import _fit_resumably
 from .data.loaders import _worker_deaths_as_errors
@@ -122,8 +122,8 @@ def report(self:Learner,
     expand:int|None=None, # margin of the five crops in pixels
 )->Path: # of the page
     "Write a report about the classes, images and training of this learner"
-    from lift_nb.experiments.run import _write_learner_report
-    history, found = _history(self), top_predictions([self.logits(dl, tte, expand)])
+    from lift_nb.experiments.run import _predict_test, _write_learner_report
+    history, found = _history(self), _predict_test(self, dl, tte, expand)
     images = range(len(found.labels)) if dl is not None or self.data is None else self.data.test_images
     table = prediction_table(images, found, list(map(str, self.dls.vocab)))
     return _write_learner_report(Path(folder), self, table, history, dl is None)

@@ -25,6 +25,8 @@ class TopPredictions(NamedTuple):
     classes: torch.Tensor # (N, k) classes, the most probable first
     probabilities: torch.Tensor # (N, k) of these classes
     labels: torch.Tensor # (N,)
+    nll: torch.Tensor|None = None # (N,) -log p of the true class
+    brier: torch.Tensor|None = None # (N,) squared distance of the probabilities to the truth, in 0 … 2
 
 def _top(logits, # (B, C)
     k:int, # classes to keep
@@ -35,17 +37,28 @@ def _top(logits, # (B, C)
     classes = torch.cat([first, rest], -1)
     return classes, (logits.gather(-1, classes) - logits.logsumexp(-1, keepdim=True)).exp()
 
+def _proper_scores(logits, # (B, C)
+    labels, # (B,)
+): # (B,) negative log-likelihoods, (B,) Brier scores
+    "The two proper scores of each image, which need every probability"
+    log_p = logits.float().log_softmax(-1)
+    true = log_p.gather(-1, labels.long()[:, None])[:, 0]
+    return -true, log_p.exp().square().sum(-1) - 2*true.exp() + 1
+
 def top_predictions(batches, # of (B, C) raw logits and (B,) labels
     k:int=5, # classes to keep of each image
+    rows:int=2048, # images at a time
 )->TopPredictions:
-    "The most probable classes of all images, batch by batch; raises `LiftError` when there is no batch"
-    found = [(*_top(logits, k), labels) for logits, labels in batches]
+    "The most probable classes of all images and their proper scores, part by part; raises `LiftError` when there is no batch"
+    parts = (p for logits, labels in batches for p in zip(logits.split(rows), labels.split(rows)))
+    found = [(*_top(z, k), y, *_proper_scores(z, y)) for z, y in parts]
     if not found: raise LiftError('There are no images to predict')
     return TopPredictions(*(torch.cat(parts).cpu() for parts in zip(*found)))
 
 # %% ../../nbs/evaluation/02_predictions.ipynb #224e87cc
 _COLUMNS = ('image', 'label', 'prediction', 'probability')
 _NAMES = ('label_name', 'prediction_name')
+_PROPER = ('nll', 'brier')
 
 def _names_of(images, # N paths, arrays or PIL images
 )->list: # of N texts
@@ -65,9 +78,9 @@ def _harmless_cells(table:pd.DataFrame)->pd.DataFrame:
 def prediction_table(images, # N paths, arrays or PIL images
     found:TopPredictions, # of the same images
     class_names=None, # C names; None: the table has numbers only
-)->pd.DataFrame: # N rows: `_COLUMNS`, names of label and prediction, then number, name and probability of the second to the fifth class
+)->pd.DataFrame: # N rows: `_COLUMNS`, names, then number, name and probability of the second to the fifth class, then `_PROPER`
     "Label, prediction and the most probable classes of each image"
-    classes, p, labels = (np.asarray(v) for v in found)
+    classes, p, labels = (np.asarray(v) for v in found[:3])
     table = dict(zip(_COLUMNS, (_names_of(images), labels, classes[:, 0], p[:, 0])))
     names = None if class_names is None else np.asarray(list(map(str, class_names)), dtype=object)
     if names is not None: table |= dict(zip(_NAMES, (names[labels], names[classes[:, 0]])))
@@ -75,7 +88,7 @@ def prediction_table(images, # N paths, arrays or PIL images
         table[f'prediction_{k+1}'] = classes[:, k]
         if names is not None: table[f'prediction_{k+1}_name'] = names[classes[:, k]]
         table[f'probability_{k+1}'] = p[:, k]
-    return pd.DataFrame(table)
+    return pd.DataFrame(table | {k: np.asarray(getattr(found, k)) for k in _PROPER if getattr(found, k) is not None})
 
 # %% ../../nbs/evaluation/02_predictions.ipynb #ce860048
 def _predictions_seal(path, # of a table of predictions
@@ -104,8 +117,9 @@ def _check_seal(path:Path):
 
 def _parse_predictions(path:Path)->pd.DataFrame:
     "The table; raises ValueError for what is none"
-    types = dict(image=str, label=np.int64, prediction=np.int64) | dict.fromkeys(_NAMES, str)
-    table = pd.read_csv(path, dtype=types, keep_default_na=False, encoding_errors='surrogateescape', index_col=False)
+    options = dict(keep_default_na=False, encoding_errors='surrogateescape', index_col=False)
+    named = [c for c in pd.read_csv(path, nrows=0, **options) if c.endswith('_name')]
+    table = pd.read_csv(path, dtype=dict(image=str, label=np.int64, prediction=np.int64) | dict.fromkeys(named, str), **options)
     if missing := [c for c in _COLUMNS[:3] if c not in table]: raise ValueError(f'it lacks the columns {missing}')
     if (table[['label', 'prediction']] < 0).any(axis=None): raise ValueError('it has negative classes')
     p = pd.to_numeric(table['probability']) if 'probability' in table else pd.Series([0.])

@@ -13,16 +13,17 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pandas as pd
+from PIL import Image
 from markupsafe import Markup
 
 from .. import __version__
 from ..core.errors import LiftError
 from ..core.files import _atomic_write
 from .significance import intervals
-from .predictions import _harmless_cells
+from .predictions import _PROPER, _harmless_cells
 from .calibration import expected_calibration_error
 from .class_table import _checked_labels, _vague, _weak, class_table, confusions, group_flow, next_steps, size_trend
-from .report_plots import plot_confusion, plot_group_reliability, plot_history, plot_sizes
+from .report_plots import plot_confusion, plot_group_reliability, plot_history, plot_map, plot_sizes
 
 # %% ../../nbs/evaluation/07_report.ipynb #bc265c4a
 _SCORES = dict(overall='Overall', mean_class='Mean over classes', many='Many-shot', medium='Medium-shot', few='Few-shot')
@@ -122,19 +123,36 @@ def _confusion_section(table, pairs, flow)->dict:
         ('from', 'group', top.true_group), ('to', 'group', top.predicted_group)], 'confusions.csv', 12, 'Strongest pairs')
     return _section('Confusions', [about], _flow_block(flow), matrix, strongest)
 
-def _reliability_section(confidence, hits, groups, missing:int=0)->dict: # (N,) each; images without a probability
-    "Return the section about probabilities, overall and by group of the true class"
-    lost = f'The probability of {missing} of {missing + len(hits)} images is not a number; they are left out here.'
-    about = [lost if missing else '']
-    if not len(hits): return _section('Reliability', [*about, 'There are no probabilities to judge.'])
-    masks = dict(overall=np.ones(len(hits), bool), **{g: groups == g for g in ('many', 'medium', 'few')})
-    rows = [(g, m.sum(), confidence[m].mean(), hits[m].mean(), expected_calibration_error(confidence[m], hits[m]))
-        for g, m in masks.items() if m.any()]
-    heads = ('', 'images', 'confidence, %', 'accuracy, %', 'calibration error, %')
-    numbers = _table(list(zip(heads, ('text', 'int', *['percent']*3), zip(*rows))), 'groups.csv')
-    about.append('Where the probability of a prediction is 0.8, eight in ten should be right. '
-        'Below the diagonal the model is too sure of itself.')
-    return _section('Reliability', about, numbers, _plot(plot_group_reliability(confidence, hits, groups), 460))
+def _reliability_table(t, groups)->pd.DataFrame: # predictions with `probability`, group of each true class; a row for each group
+    "Return how far the probabilities can be believed, overall and by group of the true class"
+    t = t[np.isfinite(t.probability.to_numpy(float))]
+    c, hits, group = t.probability.to_numpy(float), (t.label == t.prediction).to_numpy(), groups[t.label]
+    def row(m): return dict(images=int(m.sum()), confidence=c[m].mean(), accuracy=hits[m].mean(),
+        calibration_error=expected_calibration_error(c[m], hits[m]), **{k: t[k].to_numpy(float)[m].mean() for k in _PROPER if k in t})
+    masks = dict(overall=np.ones(len(t), bool), **{g: group == g for g in ('many', 'medium', 'few')})
+    return pd.DataFrame({g: row(m) for g, m in masks.items() if m.any()}).T.rename_axis('group').reset_index()
+
+_RELIABILITY = dict(group=('', 'text'), images=('images', 'int'), confidence=('confidence, %', 'percent'), accuracy=('accuracy, %', 'percent'),
+    calibration_error=('calibration error, %', 'percent'), brier=('Brier score', 'decimal', 'squared distance to the truth; smaller is better'),
+    nll=('NLL', 'decimal', 'negative log-likelihood; smaller is better'))
+
+def _lacking(t)->list: # predictions
+    "Return sentences about what these predictions do not tell of the probabilities"
+    known = np.isfinite(t.probability.to_numpy(float))
+    if not known.any(): return ['These predictions hold classes only, no probabilities: there is nothing to judge here, and the mistakes below '
+        'have no order. A run of this version stores them.']
+    lost = f'The probability of {(~known).sum()} of {len(t)} images is not a number; they are left out here.'
+    return [*([] if known.all() else [lost]), *([] if _PROPER[0] in t else ['Brier score and negative log-likelihood need all '
+        'probabilities of an image; a run of this version stores both, these predictions hold the highest ones only.'])]
+
+def _reliability_section(t, groups)->dict: # predictions, group of each class
+    "Return the section about probabilities"
+    found, known, lacking = _reliability_table(t, groups), np.isfinite(t.probability.to_numpy(float)), _lacking(t)
+    if not len(found): return _section('Reliability', lacking)
+    numbers = _table([(h[0], h[1], found[k], *h[2:]) for k, h in _RELIABILITY.items() if k in found], 'reliability.csv')
+    about = 'Where the probability of a prediction is 0.8, eight in ten should be right. Below the diagonal the model is too sure of itself.'
+    picture = plot_group_reliability(t.probability.to_numpy(float)[known], (t.label == t.prediction)[known], groups[t.label[known]])
+    return _section('Reliability', [*lacking, about], numbers, _plot(picture, 460))
 
 # %% ../../nbs/evaluation/07_report.ipynb #a0099173
 def _thumbnail(image, side:int=120)->str: # PIL image; pixels
@@ -144,13 +162,22 @@ def _thumbnail(image, side:int=120)->str: # PIL image; pixels
     small.save(out, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
 
+def _side_by_side(a, b, side:int=120)->Image.Image: # PIL images; pixels of each half
+    "Return two images as one"
+    out = Image.new('RGB', (2*side, side))
+    for i, im in enumerate((a, b)): out.paste(im.convert('RGB').resize((side, side)), (i*side, 0))
+    return out
+
+def _opened(open_image, i)->str|None: # i → PIL image, or None
+    "Return the thumbnail of an image; None when it cannot be opened"
+    try: return _thumbnail(open_image(i)) if open_image else None
+    except (LiftError, OSError, ValueError, IndexError): return None
+
 def _tile(r, names, open_image)->dict: # row of the predictions with its number `at`
     "Return an image of a gallery"
-    try: src = _thumbnail(open_image(r.at))
-    except (LiftError, OSError, ValueError, IndexError): src = None
     p = '' if np.isnan(r.probability) else f'{100*r.probability:.0f} %'
     true = '' if r.label == r.prediction else names[r.label]
-    return dict(src=src, predicted=names[r.prediction], probability=p, true=true, file=r.image)
+    return dict(src=_opened(open_image, r.at), predicted=names[r.prediction], probability=p, true=true, file=r.image)
 
 def _gallery(rows, names, open_image, title='')->dict|None: # rows of the predictions
     "Return a gallery block; None when there is nothing to show"
@@ -160,13 +187,13 @@ def _gallery(rows, names, open_image, title='')->dict|None: # rows of the predic
 def _gallery_section(t, table, open_image, n:int=24)->dict: # predictions, `class_table`
     "Return the surest mistakes and hits, and mistakes of the weakest classes"
     if open_image is None:
-        return _section('Images', ['The test images were not at hand, so none is shown; mistakes.csv names the surest mistakes.'])
+        return _section('Images', ['The test images were not at hand, so none is shown; mistakes.csv names mistakes.'])
     t = t.assign(at=range(len(t)), wrong=t.label != t.prediction).sort_values('probability', ascending=False, kind='stable')
-    names, wrong = list(table.name), t[t.wrong]
+    names, wrong, known = list(table.name), t[t.wrong], t.probability.notna().any()
     hits = t[~t.wrong].drop_duplicates('label')
     weak = table[table.recall < 1].sort_values(['recall', 'train'], kind='stable').index[:6]
     by_class = [_gallery(wrong[wrong.label == c][:6], names, open_image, f'Mistakes of {names[c]}') for c in weak]
-    sure, typical = 'Surest mistakes', 'Surest hits, one for each class'
+    sure, typical = ('Surest mistakes', 'Surest hits, one for each class') if known else ('Mistakes', 'Hits, one for each class')
     blocks = [*(_gallery(rows[:n], names, open_image, title) for rows, title in ((wrong, sure), (hits, typical))), *by_class]
     gone = sum(x['src'] is None for b in blocks if b for x in b['tiles'])
     return _section('Images', [f'{gone} images could not be opened; they may have moved.' if gone else ''], *blocks)
@@ -188,6 +215,41 @@ def _training_section(history)->dict|None: # table of epochs, or None
     "Return the curves of the training"
     if history is None or not len(history): return None
     return _section('Training', [f'{len(history)} epochs.' if len(history) > 1 else 'One epoch.'], _plot(plot_history(history)))
+
+# %% ../../nbs/evaluation/07_report.ipynb #7fbabebc
+def _map_section(points, t, table)->dict: # row, x, y; predictions, `class_table`
+    "Return the section with the map of the features"
+    if points is None or not len(points):
+        return _section('Map of features', ['The features of the test images were not kept with these predictions, so there is no map. '
+            'learn.report() and a run of this version draw one.'])
+    p = t.iloc[points.row].assign(x=points.x.to_numpy(), y=points.y.to_numpy())
+    named, groups = table.name.to_numpy(), table.group.to_numpy()
+    p = p.assign(name=named[p.label], group=groups[p.label], right=p.label == p.prediction)
+    p['text'] = [f'{a}{"" if a == b else f" → {b}"}, {i}' for a, b, i in zip(p.name, named[p.prediction], p.image)]
+    about = (f'{len(p):,} of {len(t):,} test images; those whose features are alike lie close together (t-SNE). '
+        'Distances between far groups mean nothing. Point at one for its class and file.')
+    return _section('Map of features', [about], _plot(plot_map(p)))
+
+def _pair(r, open_test, open_train, names)->dict: # row of `same_pictures`
+    "Return a tile with a test image beside the training image that it resembles"
+    try: src = _thumbnail(_side_by_side(open_test(r.test_row), open_train(r.train_row)), 240)
+    except (LiftError, OSError, ValueError, IndexError): src = None
+    classes = [names[c] for c in (r.test_label, r.train_label)]
+    return dict(src=src, predicted=' | '.join(dict.fromkeys(classes)), probability='', true='', note=f'correlation {r.correlation:.3f}',
+        file=f'{r.test_image} | {r.train_image}')
+
+def _check_section(checks, names, open_image)->dict: # of `data_checks`, or None
+    "Return the section about likely label errors and near duplicates"
+    if checks is None:
+        return _section('Data checks', ['Likely label errors among the training images and near duplicates across the split are looked for with '
+            'lift_nb report RUN --check_data True.'])
+    issues, pairs, train = checks['issues'], checks['duplicates'], checks['open_train']
+    tiles = [dict(src=_opened(train, r.row), predicted=r.suggestion, probability='?', true='', note=f'labelled {r.label_name}', file=r.image)
+        for r in issues[:24].itertuples()]
+    same = [_pair(r, open_image, train, names) for r in pairs[:12].itertuples()]
+    blocks = [dict(kind='gallery', tiles=tiles, title='Likely label errors') if tiles else None,
+        dict(kind='gallery', tiles=same, title='Near duplicates: test image | training image', wide=True) if same else None]
+    return _section('Data checks', checks['about'], *blocks)
 
 # %% ../../nbs/evaluation/07_report.ipynb #329d5e28
 def _render(**page)->str: # title, lead, notes, sections
@@ -221,6 +283,22 @@ def _wrong_rows(t, names, n:int=1000)->pd.DataFrame: # checked predictions
     return pd.DataFrame(dict(image=w.image, label_name=named[w.label], prediction_name=named[w.prediction], probability=w.probability))
 
 # %% ../../nbs/evaluation/07_report.ipynb #0cf0ba6c
+def _score_sections(t, table, pairs, flow, found)->list: # predictions, `class_table`, `confusions`, `group_flow`, `intervals`
+    "Return the sections about scores, classes and confusions"
+    known, hits = np.isfinite(t.probability.to_numpy(float)), (t.label == t.prediction).to_numpy()
+    first = _attention(table, pairs, flow, found, t.probability.to_numpy(float)[known], hits[known])
+    scores = dict(kind='scores', rows=_score_rows(found))
+    return [_section('Scores', ['Accuracy with its interval over the test images.'], scores,
+            dict(kind='points', texts=first, title='What deserves attention')),
+        _section('Classes', ['A row for each class, the weakest first. Click a heading to sort.'], _class_rows(table)),
+        _section('Class size', [], _plot(plot_sizes(table), caption='Point at a class for its name.')),
+        _confusion_section(table, pairs, flow)]
+
+def _more_tables(t, points, checks)->dict: # predictions, of `feature_map`, as in `write_report`; name → table
+    "Return the tables that only some reports have"
+    more = {} if points is None else dict(map=points.assign(image=t.image.to_numpy()[points.row.astype(int)]))
+    return more | (dict(label_issues=checks['issues'], near_duplicates=checks['duplicates']) if checks else {})
+
 def write_report(folder, # where report.html and the tables go
     predictions:pd.DataFrame, # of `prediction_table`: label, prediction; image and probability where they are known
     counts, # (C,) training images of each class
@@ -231,22 +309,18 @@ def write_report(folder, # where report.html and the tables go
     open_image=None, # i → PIL image of the i-th row; None: no image is shown
     many:int=100, few:int=20, # borders of the groups, as in `shot_groups`
     notes=(), # sentences that the reader should see first
+    points:pd.DataFrame=None, # of `feature_map`; None: no map
+    checks:dict=None, # issues and duplicates (tables), open_train (row → PIL image), about (sentences); None: not looked for
 )->Path: # of the page
     "Write a report about one model; raises `LiftError` for predictions that do not fit the classes"
     t, n, names = _checked_table(predictions, counts, class_names)
     y, p, borders = t.label.to_numpy(), t.prediction.to_numpy(), dict(many=many, few=few)
     table, pairs = (f(y, p, n, names, **borders) for f in (class_table, confusions))
     flow, found = group_flow(y, p, n, **borders), intervals(y == p, y, n, **borders)
-    known = np.isfinite(t.probability.to_numpy(float))
-    confidence, hits, groups = t.probability.to_numpy(float)[known], (y == p)[known], table.group.to_numpy()[y[known]]
-    points = dict(kind='points', texts=_attention(table, pairs, flow, found, confidence, hits), title='What deserves attention')
-    scores = dict(kind='scores', rows=_score_rows(found))
-    sections = [_section('Scores', ['Accuracy with its interval over the test images.'], scores, points),
-        _section('Classes', ['A row for each class, the weakest first. Click a heading to sort.'], _class_rows(table)),
-        _section('Class size', [], _plot(plot_sizes(table), caption='Point at a class for its name.')),
-        _confusion_section(table, pairs, flow), _gallery_section(t, table, open_image),
-        _reliability_section(confidence, hits, groups, int((~known).sum())), _training_section(history), _next_section(table)]
+    groups = table.group.to_numpy()
+    sections = [*_score_sections(t, table, pairs, flow, found), _gallery_section(t, table, open_image), _reliability_section(t, groups),
+        _map_section(points, t, table), _training_section(history), _check_section(checks, names, open_image), _next_section(table)]
     lead = about or f'{len(n):,} classes, {n.sum():,} training images, {len(t):,} test images.'
     page = _render(title=title, lead=lead, notes=[x for x in notes if x], sections=[s for s in sections if s])
-    return _write_page(Path(folder), page, dict(classes=table.reset_index(), confusions=pairs, next=next_steps(table),
-        groups=found.rename_axis('score').reset_index(), mistakes=_wrong_rows(t, names)))
+    return _write_page(Path(folder), page, dict(classes=table.reset_index(), confusions=pairs, next=next_steps(table), mistakes=_wrong_rows(t, names),
+        groups=found.rename_axis('score').reset_index(), reliability=_reliability_table(t, groups), **_more_tables(t, points, checks)))

@@ -39,7 +39,7 @@ from ..models.precision import autocast
 from ..models.blocks import Backbone
 from ..models.backbones import create_backbone
 from ..models.surgery import n_trainable
-from ..models.features import FeatureCache, _CachedFeatures
+from ..models.features import FeatureCache, _CachedFeatures, _keep_features
 from ..models.model import LiftModel, assemble, compile_backbone
 from ..training.losses import CrossEntropy, LogitAdjustment
 from ..training.callbacks import (AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, FrozenEval, ScaleLoss,
@@ -359,3 +359,14 @@ def _logits(learn:Learner,
     "Return raw logits and labels, on the CPU"
     with _preserved_history(learn), _worker_deaths_as_errors():
         return learn.get_preds(dl=_tte_dl(learn, expand, dl) if tte else dl or _test_dl(learn), act=noop)
+
+def _logits_and_features(learn:Learner,
+    dl=None, tte:bool=False, expand:int|None=None, # see `_logits`
+    n:int=2000, # images whose features are kept, drawn with a fixed seed
+)->tuple: # (N, C) raw logits, (N,) labels, and which images with their features (n, d), or None
+    "Return logits, labels, and features of some images; no features in several processes or a shuffled order"
+    found, shown = (dl, tte, expand), dl or _test_dl(learn)
+    if is_distributed() or getattr(shown, 'shuffle', False): return *_logits(learn, *found), None
+    rows = np.sort(np.random.default_rng(0).permutation(shown.n)[:n])
+    with _keep_features(learn.model, rows, 5 if tte else 1) as kept: z, y = _logits(learn, *found)
+    return z, y, (rows, kept.features)

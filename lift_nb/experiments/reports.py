@@ -7,31 +7,48 @@ __all__ = ['report_run', 'report_runs']
 
 # %% ../../nbs/experiments/06_reports.ipynb #40d49c07
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
+from fastai.data.transforms import ToTensor
+from fasttransform import Pipeline
 
 from ..core.errors import LiftError
+from ..core.catalog import DATASETS, METHODS
+from ..data.crops import CenterCrop
+from ..models.backbones import create_backbone
+from ..models.features import FeatureCache
 from ..data.images import _read_rgb
 from ..evaluation.predictions import _borders_beside, _check_seal, _names_of, _result_beside, read_predictions
 from ..evaluation.report import write_report
 from ..evaluation.comparison import write_comparison
-from .recipe import Recipe
-from .build import _load
+from ..evaluation.feature_checks import label_issues, near_duplicates, same_pictures
+from .recipe import Recipe, _value_word
+from .build import _AsTest, _lift_dataloaders, _load
 from .run import _report_words
 
 # %% ../../nbs/experiments/06_reports.ipynb #0a0450d9
-def _test_images(recipe:dict, # as it stands in result.json
-    predictions)->tuple: # i → PIL image, or None; a sentence about why there is none
-    "Return what opens the test images of a run"
+def _recipe_of(result:dict)->Recipe: # of result.json
+    "Return the recipe of a run, as far as this version knows its settings"
     known = {f.name for f in fields(Recipe)}
-    try: data = _load(Recipe(**{k: v for k, v in recipe.items() if k in known}))
+    return Recipe(**{k: v for k, v in (result.get('recipe') or {}).items() if k in known})
+
+def _run_data(result:dict, # of result.json
+    predictions)->tuple: # `LongTailData`, or None; a sentence about why there is none
+    "Return the images of a run, if they still are the ones that were predicted"
+    try: data = _load(_recipe_of(result))
     except Exception as e: return None, f'The test images cannot be shown: {str(e).splitlines()[0] if str(e) else type(e).__name__}'
     same = len(predictions) == len(data.test_labels) and (predictions.label.to_numpy() == data.test_labels).all()
     if not same or _names_of(data.test_images) != list(predictions.image):
         return None, 'The test images cannot be shown: they are no longer the ones that were predicted'
-    return (lambda i: _read_rgb(data.test_images[i], data.max_value)), ''
+    return data, ''
+
+def _opener(images, max_value): # as in `LongTailData`; row → PIL image
+    "Return what opens an image by its number"
+    return lambda i: _read_rgb(images[int(i)], max_value)
 
 def _history_beside(folder)->pd.DataFrame|None:
     "Return the epochs of a run; None without them"
@@ -40,19 +57,95 @@ def _history_beside(folder)->pd.DataFrame|None:
     try: return pd.read_csv(path, index_col='epoch')
     except (OSError, ValueError): return None
 
+def _map_beside(folder, # of a run
+    predictions)->pd.DataFrame|None:
+    "Return the map of the features that the run left in its report; None without one of these images"
+    try: t = pd.read_csv(Path(folder)/'report/map.csv', dtype=dict(image=str), keep_default_na=False)
+    except (OSError, ValueError): return None
+    if not {'row', 'x', 'y', 'image'} <= {*t} or not len(t) or not t.row.between(0, len(predictions) - 1).all(): return None
+    same = t.image.str.replace("^'", '', regex=True).to_numpy() == predictions.image.to_numpy()[t.row]
+    return t[['row', 'x', 'y']] if same.all() else None
+
+# %% ../../nbs/experiments/06_reports.ipynb #1d614abf
+def _without_sources(recipe:dict)->str: # as it stands in result.json
+    "Return the method with the loss, head or modules in which it differs from its defaults"
+    method = recipe.get('method') or 'lift+'
+    if not isinstance(method, str) or method not in METHODS: return _value_word(method)
+    usual = {f.name: f.default for f in fields(Recipe)} | METHODS[method]
+    other = [f'{k} {_value_word(recipe[k]):.60}' for k in ('loss', 'head', 'modules', 'tau', 'epochs', 'lr')
+        if recipe.get(k) is not None and k in usual and recipe[k] != usual[k] and k not in DATASETS.defaults(recipe.get('data'))]
+    return ' with '.join(filter(None, (method, ', '.join(other))))
+
+# %% ../../nbs/experiments/06_reports.ipynb #7d77fc57
+def _frozen_features(r:Recipe, # of the run
+    data, # `LongTailData`
+    folder, # of the cache
+)->tuple: # (N, d) of the training images, (M, d) of the test images
+    "Return the features of the frozen network"
+    b = create_backbone(r.backbone, checkpoint=r.checkpoint, resolution=r.resolution)
+    b = replace(b, **{k: tuple(v) for k, v in (('mean', r.mean), ('std', r.std)) if v is not None})
+    dls, cache, n = _lift_dataloaders(data, b, r, 1, 'cpu'), FeatureCache(folder, data), len(data.train_labels)
+    plain = dls.valid.new(_AsTest(dls.train_ds, range(n)), after_item=Pipeline([CenterCrop(b.resolution, 0), ToTensor()]))
+    parts = (plain, data.train_images, data.train_labels), (dls.loaders[-1], data.test_images, data.test_labels)
+    with torch.no_grad(): return tuple(cache.get(b.model, *part)[0].numpy() for part in parts)
+
+def _issue_words(found, n:int)->str: # of `label_issues`, training images
+    "Return what the label errors are worth"
+    return (f'{len(found):,} of {n:,} training images may have a wrong label (confident learning, cleanlab); look before you change one. In a '
+        f'cross-validation the frozen features recognize {100*found.attrs["accuracy"]:.0f} % of the training images: the fewer, the less this means.')
+
+def _named_issues(features, data, names)->tuple: # of the training images, `LongTailData`, C names; table, sentence
+    "Return likely label errors with the names of their files; none and the reason where they cannot be looked for"
+    try: found = label_issues(features, data.train_labels, names)
+    except LiftError as e: return pd.DataFrame(columns=['row', 'image', 'label_name', 'suggestion', 'probability']), f'{e}.'
+    where = _names_of(data.train_images)
+    return found.assign(image=[where[i] for i in found.row]), _issue_words(found, len(features))
+
+def _named_pairs(train, test, data, opener)->tuple: # features, `LongTailData`, images → (row → PIL image); table, sentence
+    "Return near duplicates across the split with the names of their files"
+    found = same_pictures(near_duplicates(test, train), opener(data.test_images), opener(data.train_images))
+    for side, images, labels in ('test', data.test_images, data.test_labels), ('train', data.train_images, data.train_labels):
+        where, rows = _names_of(images), found[f'{side}_row']
+        found[f'{side}_image'], found[f'{side}_label'] = [where[i] for i in rows], np.asarray(labels)[rows]
+    if not len(found): return found, 'No test image is a near duplicate of a training image, by the correlation of the closest pairs.'
+    return found, (f'{len(found)} test images look almost like a training image (their grey pictures correlate at 0.97 or more). If both show '
+        'the same thing, the model has seen the answer, and the accuracy is too good.')
+
+def _data_checks(result:dict, # of result.json
+    data, # `LongTailData`, or None
+    note:str, # why there is none
+    folder, # where features are kept
+)->dict: # issues and duplicates (tables), open_train (row → PIL image), about (sentences)
+    "Return likely label errors and near duplicates of a run's data; raises `LiftError` without its images"
+    if data is None: raise LiftError(f'The data cannot be checked. {note}')
+    def opener(images): return _opener(images, data.max_value)
+    train, test = _frozen_features(_recipe_of(result), data, folder)
+    issues, first = _named_issues(train, data, list(map(str, result['classes'])))
+    pairs, second = _named_pairs(train, test, data, opener)
+    return dict(issues=issues, duplicates=pairs, open_train=opener(data.train_images), about=[first, second])
+
 # %% ../../nbs/experiments/06_reports.ipynb #2f9ec15a
+def _stored_words(result:dict, predictions)->dict: # of result.json
+    "Return title and first sentences of a finished run's report"
+    recipe, images = result.get('recipe') or {}, result.get('n_images') or dict(test=len(predictions))
+    method = result.get('method') or _without_sources(recipe)
+    return _report_words(method, recipe.get('data', ''), recipe.get('backbone') or '', result['class_counts'], images,
+        result.get('trained_parameters', 0), result.get('epoch_set'), result.get('temperature') or 1.)
+
 def report_run(folder, # of the run
     out=None, # where the report goes; None: report in the run's folder
+    check_data:bool=False, # look for likely label errors and near duplicates, with features of all images?
 )->Path: # of the page
     "Write the report of a finished run; raises `LiftError` for a folder without predictions"
     predictions, result = read_predictions(folder), _result_beside(folder)
-    recipe, counts = result.get('recipe') or {}, result['class_counts']
-    read, note = _test_images(recipe, predictions)
-    words = _report_words(recipe.get('method') or 'lift+', recipe.get('data', ''), recipe.get('backbone') or '', counts, len(predictions),
-        result.get('trained_parameters', 0))
-    if not recipe.get('data'): words['title'] = Path(folder).name
-    return write_report(out or Path(folder)/'report', predictions, counts, result.get('classes'), **words,
-        history=_history_beside(folder), open_image=read, notes=[note], **_borders_beside(folder))
+    data, note = _run_data(result, predictions)
+    words = _stored_words(result, predictions)
+    if not (result.get('recipe') or {}).get('data'): words['title'] = Path(folder).name
+    checks = _data_checks(result, data, note, Path(folder)/'features') if check_data else None
+    read = data and _opener(data.test_images, data.max_value)
+    return write_report(out or Path(folder)/'report', predictions, result['class_counts'], result.get('classes'), **words,
+        history=_history_beside(folder), open_image=read, notes=[note], points=_map_beside(folder, predictions), checks=checks,
+        **_borders_beside(folder))
 
 def _short_names(folders)->list: # paths
     "Return the folders' names, or the whole paths where two have one name"

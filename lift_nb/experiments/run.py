@@ -40,11 +40,13 @@ from ..evaluation.decisions import fit_calibration
 from ..evaluation.significance import intervals
 from ..evaluation.predictions import _write_predictions, prediction_table, top_predictions
 from ..evaluation.report import write_report
+from ..evaluation.feature_checks import feature_map
 from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
 from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
 from lift_nb.experiments.recipe import (Recipe, RunSettings, _FIELDS, _check_value, _known, _data_word, _result_settings, _value_word,
     resolve, run_name)
-from .build import _build, _history, _inputs, _logits, _train_on_cached_features, _uses_cached_features
+from lift_nb.experiments.build import (_build, _history, _inputs, _logits, _logits_and_features, _train_on_cached_features,
+    _uses_cached_features)
 
 # %% ../../nbs/experiments/02_run.ipynb #cd875e2b
 _CHECKPOINTS = 'resume' # the folder of the checkpoints in that of a run
@@ -194,7 +196,8 @@ def _result_record(learn, r, s, phases, validate=True)->dict: # what goes into r
     "Recipe, circumstances, sizes of the parts and scores of a run"
     scores = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
     return dict(recipe=r.settings(), seed=r.seed, versions=_package_versions(), classes=list(learn.dls.vocab), class_counts=learn.counts.tolist(),
-        n_images={part: len(y) for part, (_, y) in learn.data.parts.items()}, epoch_set=learn.data.epoch_set if validate else None, **scores,
+        n_images={part: len(y) for part, (_, y) in learn.data.parts.items()}, epoch_set=learn.data.epoch_set if validate else None, method=_method_words(r),
+        temperature=getattr(learn.calibration, 'temperature', None), **scores,
         seconds=phases.seconds, trained_parameters=n_trainable(learn.model), weights=learn.backbone.weights,
         device=str(learn.dls.device), processes=_world_size(), peak_memory=_peak_memory(learn.dls.device))
 
@@ -256,40 +259,29 @@ def _train(learn, r, log, folder, phases, s, echo): # `s`: `RunSettings`
 def _calibrate(learn, r, log): # `Calibration`, or None without validation images
     "Return what the validation images say about the probabilities"
     if 'validation' not in learn.data.parts: return None
-    with _distributed_fit(learn), learn.no_bar(): z, y = map(np.asarray, _logits(learn, learn.dls.valid))
+    with _distributed_fit(learn), learn.no_bar(): z, y = map(np.asarray, _logits(learn, learn.dls.valid, r.tte, r.tte_expand))
     try: found = fit_calibration(z, y, learn.counts, many=r.many, few=r.few)
     except LiftError as e: return log(f'The model is not calibrated: {e}')
     log(f'temperature {found.temperature:.3f}, fitted on {len(y):,} validation images')
     return found
+
+def _temperature(learn)->float: return getattr(getattr(learn, 'calibration', None), 'temperature', 1.)
+
+def _predict_test(learn, dl=None, tte=False, expand=None): # as in `_logits`; `TopPredictions`
+    "Predict test images with the probabilities of the learner's calibration, and keep the features of some for a map"
+    z, y, learn.test_features = _logits_and_features(learn, dl, tte, expand)
+    t = _temperature(learn)
+    return top_predictions([(z if t == 1 else z/t, y)])
 
 def _test(learn, r, phases, echo, log)->tuple: # scores, `TopPredictions`
     "Calibrate on the validation images, and look at the test images in the recipe's way"
     if r.test_precision: set_precision(learn.model, r.test_precision)
     with phases('calibrate'): learn.calibration = _calibrate(learn, r, log)
     with phases('test'), _distributed_fit(learn), _with_bar(learn, echo, 'testing'):
-        found = top_predictions([_logits(learn, tte=r.tte, expand=r.tte_expand)])
+        found = _predict_test(learn, tte=r.tte, expand=r.tte_expand)
     return score_preds(found.classes[:, 0], found.labels, learn.counts, r.many, r.few), found
 
 # %% ../../nbs/experiments/02_run.ipynb #b6d1c8e2
-def _report_words(method, data, backbone, counts, n_test:int, trained:int)->dict: # of a recipe; class counts, test images, parameters
-    "Return title and first sentence of a run's report"
-    about = (f'{_data_word(backbone)}; {len(counts):,} classes, {sum(counts):,} training and {n_test:,} test images; '
-        f'{trained:,} trained parameters.')
-    return dict(title=f'{_value_word(method)} on {_data_word(data)}', about=about)
-
-def _write_learner_report(folder, learn, predictions, history=None, show:bool=True)->Path: # tables of predictions and epochs, show images?
-    "Write the report of what a learner predicts for the test images"
-    r, data, names = learn.recipe, learn.data, list(map(str, learn.dls.vocab))
-    read = None if data is None or not show else lambda i: _read_rgb(data.test_images[i], data.max_value)
-    words = _report_words(r.method, r.data, r.backbone, learn.counts, len(predictions), n_trainable(learn.model))
-    return write_report(folder, predictions, learn.counts, names, **words, history=history, open_image=read, many=r.many, few=r.few)
-
-def _try_report(folder, learn, predictions, history, say=print):
-    "Write the report of a run; whatever fails there is told and costs nothing else"
-    try: _write_learner_report(folder, learn, predictions, history)
-    except Exception as e: say(f"Could not write the report to '{folder}' ({type(e).__name__}: {e})")
-
-# %% ../../nbs/experiments/02_run.ipynb #b27239da
 def _differences(r:Recipe)->str:
     "Return what was asked for beside data, backbone and method, and decides the numbers"
     names = [n for n, (_, source) in r.explained().items() if source == 'option' and n not in ('data', 'backbone', 'method')]
@@ -299,6 +291,35 @@ def _method_words(r:Recipe)->str:
     "Return the method with what differs from its defaults"
     return ' with '.join(filter(None, (_value_word(r.method), _differences(r))))
 
+def _report_words(method, data, backbone, counts, images:dict, trained:int, epoch_set=None, temperature=1.)->dict: # texts, class counts,
+    # part → images, trained parameters, part that was evaluated after each epoch, and of the probabilities
+    "Return title and first sentences of a run's report"
+    held = ', '.join(f'{n:,} {part}' for part, n in images.items() if part != 'training')
+    if 'validation' in images: how = 'What was chosen by looking was chosen by the validation images; the test images were looked at once, after training.'
+    elif epoch_set == 'test': how = ('The test images were also evaluated after each epoch, as in the papers; the last epoch counts, so that '
+        'nothing was chosen by them.')
+    else: how = 'There are no validation images: nothing was chosen by looking, and the test images were looked at once, after training.'
+    if temperature != 1: how += f' The probabilities are calibrated on the validation images (temperature {temperature:.2f}).'
+    about = f'{_data_word(backbone)}; {len(counts):,} classes, {sum(counts):,} training and {held} images; {trained:,} trained parameters. {how}'
+    return dict(title=f'{method} on {_data_word(data)}', about=about)
+
+def _write_learner_report(folder, learn, predictions, history=None, show:bool=True)->Path: # tables of predictions and epochs, of the test images?
+    "Write the report of what a learner predicts for the test images"
+    r, data, names = learn.recipe, learn.data, list(map(str, learn.dls.vocab))
+    read = None if data is None or not show else lambda i: _read_rgb(data.test_images[i], data.max_value)
+    images = dict({k: len(y) for k, (_, y) in data.parts.items()} if data else {}, test=len(predictions))
+    words = _report_words(_method_words(r), r.data, r.backbone, learn.counts, images, n_trainable(learn.model), data and data.epoch_set,
+        _temperature(learn))
+    seen = getattr(learn, 'test_features', None)
+    return write_report(folder, predictions, learn.counts, names, **words, history=history, open_image=read, many=r.many, few=r.few,
+        points=None if seen is None else feature_map(*seen))
+
+def _try_report(folder, learn, predictions, history, say=print):
+    "Write the report of a run; whatever fails there is told and costs nothing else"
+    try: _write_learner_report(folder, learn, predictions, history)
+    except Exception as e: say(f"Could not write the report to '{folder}' ({type(e).__name__}: {e})")
+
+# %% ../../nbs/experiments/02_run.ipynb #b27239da
 def _title(r)->str: return f'{_data_word(r.data)}, {_data_word(r.backbone)}'
 
 def _draw(path, learn, r, s):

@@ -6,6 +6,7 @@
 __all__ = ['FeatureCache']
 
 # %% ../../nbs/models/11_features.ipynb #4727c65f
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,30 @@ class FeatureCache:
     def batches(self, *args, **kwargs): # as in `get`; yields features and labels when somebody asks
         "All of them as one batch, not computed before it is asked for"
         yield self.get(*args, **kwargs)
+
+# %% ../../nbs/models/11_features.ipynb #128bc919
+class _KeepFeatures(nn.Module):
+    "A head that keeps the features of some images"
+    def __init__(self, head:nn.Module, # (B, d) → (B, C)
+        rows, # (n,) numbers of these images, in rising order
+        crops:int=1, # rows of features for each image; their mean is kept
+    ):
+        super().__init__()
+        self.head, self.rows, self.crops, self.seen, self.parts = head, torch.as_tensor(rows), crops, 0, []
+    def forward(self, x):
+        f = x.detach().unflatten(0, (-1, self.crops)).mean(1)
+        inside = (self.rows >= self.seen) & (self.rows < self.seen + len(f))
+        self.parts.append(f[(self.rows[inside] - self.seen).to(f.device)].float().cpu())
+        self.seen += len(f)
+        return self.head(x)
+    @property
+    def features(self): return torch.cat(self.parts).numpy()
+
+@contextmanager
+def _keep_features(model:nn.Module, # with a `head`
+    rows, crops:int=1, # see `_KeepFeatures`
+): # yields what will have `features`
+    "Meanwhile the features of some images are kept"
+    head, model.head = model.head, _KeepFeatures(model.head, rows, crops)
+    try: yield model.head
+    finally: model.head = head
