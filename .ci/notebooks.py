@@ -2,6 +2,7 @@
 import argparse, base64, os, re, subprocess, sys
 from pathlib import Path
 
+import matplotlib
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
@@ -31,6 +32,7 @@ def code_cells(
 def execute(fn:Path, flags:str=''):
     "Run `fn` and keep what its cells print and show, but not stderr: warnings name the paths of one machine."
     nb, shell = read_nb(fn), CaptureShell(fn)
+    matplotlib.rc_file(Path(__file__).with_name('matplotlibrc'), use_default_template=False)
     cells = {c.id: c for c in nb.cells}
     with working_directory(fn.parent):
         for c in code_cells(fn, flags):

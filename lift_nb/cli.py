@@ -297,7 +297,7 @@ def _show_table(tidy, path, against=None):
 def _texts(options:dict)->dict: return {k.replace('__', '.'): v for k, v in options.items() if v is not None}
 
 def _reproduce(words, dry_run=False, seeds=None, ray=None, gpus=None, against=None, **texts):
-    """Carry out a table of the papers, resumably.
+    """Run all rows of a table of the papers, and resume where it stopped.
 
     TABLE is main, lift, ablation, modules, heads, inits, losses, schedules, width, epochs, tte, partial, arbitrary,
     backbones, zero-shot, methods or digits; settings hold for all its runs."""
@@ -314,7 +314,7 @@ def _methods(words, dry_run=False):
 
 # %% ../nbs/02_cli.ipynb #e4d97bfe
 def _sweep(words, dry_run=False, ray=None, gpus=None, against=None, **texts):
-    """Carry out every combination of settings, resumably.
+    """Run every combination of settings, and resume where it stopped.
 
     Several values are separated by commas, `0:5` are the numbers 0 to 4."""
     from lift_nb.experiments.sweeps import _values
@@ -330,7 +330,7 @@ def _sweep(words, dry_run=False, ray=None, gpus=None, against=None, **texts):
     _carry_out(runs, dry_run, folder, 'sweep', ray, gpus, against)
 
 def _table(words, against=None):
-    """Show a table that was carried out.
+    """Show the results of a table or a sweep.
 
     TABLE is a name as in `reproduce`, or sweep; FOLDER that of its runs, unless it is output/reproduce or output/sweep."""
     if not 1 <= len(words) <= 2: raise LiftError(f"'lift_nb table' takes a table, a folder and against ROW, not {' '.join(words)!r}")

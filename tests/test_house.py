@@ -94,3 +94,9 @@ def test_a_rerun_keeps_committed_results(notebook): # `new/'file'` or the like i
     written = re.compile(r"(write_text|write_bytes|to_csv|savez\w*|copy|_write_json|open)\([^\n]*\.\./results|\.\./results[^\n]*\)\.(write_text|write_bytes)\(")
     found = [c.source for c in read_nb(notebook).cells if c.cell_type == 'code' and written.search(c.source)]
     assert not found, f'{notebook.name} overwrites committed results: {found}'
+
+@each_notebook
+def test_no_warning_opens_it(notebook): # fastai's import warns of torch.jit.script; importing lift_nb first silences that
+    code = '\n'.join(c.source for c in read_nb(notebook).cells if c.cell_type == 'code')
+    first = re.search(r'^(?:from|import) (lift_nb|fastai\.(?!torch_core))', code, re.M)
+    assert not first or first[1] == 'lift_nb', f'{notebook.name} imports {first[1]} before lift_nb'

@@ -214,7 +214,7 @@ def plot_counts(data:LongTailData, # what to draw
     ax, order = ax or plt.subplots(figsize=(6, 2.5))[1], np.argsort(-data.counts, kind='stable')
     for g, m in shot_groups(data.counts, many, few).items():
         at = np.where(m[order])[0]
-        ax.bar(at, data.counts[order][at], color=_group_colors[g], label=g)
+        if len(at): ax.bar(at, data.counts[order][at], color=_group_colors[g], label=g)
     ax.set(xlabel='class, by number of training images', ylabel='training images', title=data.name)
     if data.n_classes <= 20: ax.set_xticks(range(data.n_classes), [data.vocab[i] for i in order], rotation=45)
     ax.legend()

@@ -196,7 +196,7 @@ def plot_report(r:DataReport, # to be drawn
     ax = plot_counts(r.data, ax or plt.subplots(figsize=(8, 3.5))[1], r.many, r.few)
     test = r.classes.test[r.classes.test > 0]
     ax.set_ylabel('images')
-    ax.plot([r.classes.index.get_loc(c) for c in test.index], test, 'k.', ms=4, label='test')
+    ax.plot([r.classes.index.get_loc(c) for c in test.index], test, 'D', ms=5, mfc='white', mec='black', label='test images')
     if r.imbalance > 30: ax.set(yscale='log', ylim=(.7, None))
     ax.legend()
     return ax

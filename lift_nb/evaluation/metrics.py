@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 from fastai.learner import Metric
 
@@ -141,8 +142,10 @@ def _shade_groups(ax, counts, at, many:int, few:int): # training images and plac
 def _name_extremes(ax, counts, acc, names, n:int=3):
     "The names of the weakest and the strongest classes beside their points"
     order = [i for i in np.argsort(acc, kind='stable') if not np.isnan(acc[i])]
-    style = dict(fontsize=7, xytext=(4, 3), textcoords='offset points', parse_math=False)
-    for i in {*order[:n], *order[-1:]}: ax.annotate(f'{names[i]:.20}', (counts[i], acc[i]), **style)
+    style = dict(fontsize=7, textcoords='offset points', parse_math=False)
+    for k, i in enumerate(dict.fromkeys([*order[:n], *order[-1:]])): # to the right and to the left in turn, for those that coincide
+        side = dict(xytext=(4, 3), ha='left') if k % 2 else dict(xytext=(-4, -8), ha='right')
+        ax.annotate(f'{names[i]:.20}', (counts[i], acc[i]), **style, **side)
 
 def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent)
     counts, # (C,) training images of each class
@@ -166,6 +169,7 @@ def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent
     if side_by_side: ax.set_xticks(at, [f'{names[c]:.20} ({counts[c]})' for c in order], rotation=45, ha='right', parse_math=False)
     else:
         ax.set_xscale('log'); ax.invert_xaxis()
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}', minor_locator=NullLocator())
         if len(results) == 1: _name_extremes(ax, counts, acc, names)
     ax.set(xlabel='class (its training images)' if side_by_side else 'training images of the class', ylabel='test accuracy, %', ylim=(-3, 103))
     ax.set_title(title, pad=18, fontsize=10); ax.grid(axis='y', alpha=.25); ax.legend(fontsize=8)

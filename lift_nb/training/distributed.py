@@ -39,7 +39,7 @@ def _interleave(parts, # of each process: (m, …)
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
 def _check_shares(bs:int, # images in a step
-    accum_step:int=1, # pieces into which a process cuts its share
+    accum_step:int=1, # gradient-accumulation steps of each process
 ):
     "Raise `LiftError` for a batch that does not give every process equal shares"
     if bs % (accum_step*_world_size()): raise LiftError(f'A batch of {bs} images cannot be divided into {accum_step*_world_size()} equal '

@@ -44,6 +44,8 @@ class _CheckpointCallback(Callback):
         _loader(self.learn).rng.setstate(self.state['order'])
         self.restore()
         self.learn.n_epoch -= epoch # `_StartLate` counts from the first of them
+        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+        if bar: bar.update(0) # fastprogress wants a beginning before the first number that it shows
     def restore(self):
         self.learn.train_iter, self.learn.pct_train = self.state['progress']
         _set_random_state(self.state['random'])
