@@ -462,6 +462,9 @@ def main(argv=None, # words after the program's name; None: those of this proces
     except (LiftError, click.ClickException) as e:
         _say(f'lift_nb: {_last_sentence(e) if isinstance(e, LiftError) else e.format_message()}', file=sys.stderr)
         return 2
+    except OSError as e: # such as a full disk, where nobody below could say more
+        _say(f"lift_nb: {e.strerror or e}{f': {e.filename!r}' if e.filename else ''}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, click.Abort):
         _say('; '.join(filter(None, ('lift_nb: interrupted', _how_to_go_on(argv)))), file=sys.stderr)
         return 130

@@ -35,6 +35,11 @@ def min_scale(epoch:int, # 0 … epochs-1
     return 0.08 + 0.92*f(min(1., epoch/max(1, epochs-1)))
 
 # %% ../../nbs/data/08_crops.ipynb #94d93a9b
+def _shared(t):
+    "Share a tensor with the processes that load images, where the system can; where it cannot, the loader of such processes says so"
+    try: return t.share_memory_()
+    except RuntimeError: return t
+
 def _crop_box(w:int, # pixels
     h:int, # pixels
     lo:float, # smallest area, as a part of w*h
@@ -51,7 +56,7 @@ class MinimalistCrop(Transform):
     order, split_idx = 1, 0
     def __init__(self, size:int, # pixels of the result's sides
         scale:float=0.08, # smallest crop area to start with
-    ): self.size, self.scale = size, torch.tensor(float(scale)).share_memory_()
+    ): self.size, self.scale = size, _shared(torch.tensor(float(scale)))
     def set_scale(self, scale:float): self.scale.fill_(scale)
     def encodes(self, x:Image.Image):
         top, left, side = _crop_box(*x.size, self.scale.item())

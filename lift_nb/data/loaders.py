@@ -6,7 +6,7 @@
 __all__ = ['SeededDL', 'dataloaders']
 
 # %% ../../nbs/data/09_loaders.ipynb #dd4a965f
-import hashlib, os, random, re
+import hashlib, os, random, re, traceback
 from contextlib import contextmanager
 from itertools import count
 from multiprocessing import AuthenticationError
@@ -80,15 +80,24 @@ def _loading_error(e:Exception, # raised while a batch was loaded, perhaps in an
     died = re.search(r'DataLoader worker.*(killed by signal: \w+|exited unexpectedly)', text)
     broken = ConnectionError, EOFError, FileNotFoundError, UnpicklingError, AuthenticationError # what it had sent went with it
     lost = workers and isinstance(e, broken) and 'Traceback' not in text
-    shared = workers and re.search(r'shared memory|/dev/shm|torch_shm|ancdata|Too many open files|unable to mmap', text)
+    words = 'shared memory|/dev/shm|torch_shm|ancdata|Too many open files|unable to mmap'
+    if 'Traceback' not in text: words += '|No space left on device|Read-only file system' # of its own queues
+    shared = workers and re.search(words, text)
     if shared: return LiftError(f'The processes that load images cannot hand them over ({shared[0]}): /dev/shm is too small or not writable, or too few '
         'files may be open; num_workers 0 needs none of it')
     if not (died or lost): return e
     return LiftError(f'A process that loads images died ({died[1] if died else type(e).__name__}), often for want of memory; fewer num_workers need less. '
         'What was saved before stays: with resume True the training goes on from there')
 
+def _silence_half_made(e:Exception):
+    "Keep an iterator of torch that could not be made from complaining when it is deleted"
+    for frame, _ in traceback.walk_tb(e.__traceback__):
+        it = frame.f_locals.get('self')
+        if type(it).__name__ == '_MultiProcessingDataLoaderIter' and not hasattr(it, '_workers_status'): it._shutdown = True
+
 def _first_loading_error(e, workers)->Exception: # as above
     "The same; torch tells of a dead process by a signal, which may interrupt even this"
+    _silence_half_made(e)
     try: return _loading_error(e, workers)
     except RuntimeError as again: return _loading_error(again, workers)
 
@@ -105,9 +114,13 @@ def _worker_deaths_as_errors():
 class SeededDL(TfmdDL):
     "A fastai `TfmdDL` whose random transforms depend on the pass and the item only; `start` leaves out the first batches of the next pass"
     def __init__(self, *args, **kwargs):
-        self.pass_seed, self.start, self.passing = torch.zeros(1, dtype=torch.int64).share_memory_(), 0, False
+        self.pass_seed, self.start, self.passing = torch.zeros(1, dtype=torch.int64), 0, False
         super().__init__(*args, **kwargs)
+        if self.fake_l.num_workers: self.share()
         self.seed = _digest(self.rng.getstate())
+    def share(self): # the seed of a pass with the workers
+        try: self.pass_seed.share_memory_()
+        except RuntimeError as e: raise _loading_error(e, True) from None
     def continue_from(self, other): # a `SeededDL` of the same length: make the passes that it would make next
         self.rng.setstate(other.rng.getstate())
         self.seed = other.seed

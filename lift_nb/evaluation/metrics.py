@@ -172,5 +172,6 @@ def plot_per_class(results:dict, # name → `Scores` (or C accuracies in percent
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}', minor_locator=NullLocator())
         if len(results) == 1: _name_extremes(ax, counts, acc, names)
     ax.set(xlabel='class (its training images)' if side_by_side else 'training images of the class', ylabel='test accuracy, %', ylim=(-3, 103))
-    ax.set_title(title, pad=18, fontsize=10); ax.grid(axis='y', alpha=.25); ax.legend(fontsize=8)
+    ax.set_title(title, pad=18, fontsize=10, parse_math=False); ax.grid(axis='y', alpha=.25)
+    for t in ax.legend(fontsize=8).get_texts(): t.set_parse_math(False) # a name may hold anything
     return ax

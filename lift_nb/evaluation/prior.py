@@ -32,7 +32,8 @@ def class_prior(prior, # 'uniform', 'training', C counts or shares, or a dict fr
     if not np.isfinite(p).all() or (p <= 0).any():
         worst = names[int(np.argmin(np.where(np.isfinite(p), p, -1)))]
         raise LiftError(f'The prior of {worst!r:.80} must be a positive number; give a rare class a small share')
-    if p.max() <= 1 and abs(p.sum() - 1) > .01: raise LiftError(f'The shares of the prior add up to {p.sum():.3g}, not to 1')
+    shares = p.max() <= 1 and (p % 1).any() # whole numbers are counts, as 1, 1, 1
+    if shares and abs(p.sum() - 1) > .01: raise LiftError(f'The shares of the prior add up to {p.sum():.3g}, not to 1')
     return p/p.sum()
 
 def _from_table(table:dict, names:list)->list: # numbers in the order of the names

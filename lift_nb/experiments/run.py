@@ -6,7 +6,7 @@
 __all__ = ['run', 'score_table', 'compare']
 
 # %% ../../nbs/experiments/02_run.ipynb #22bfb61c
-import json, shutil, time
+import json, os, shutil, socket, time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from fastcore.basics import noop
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
@@ -89,6 +91,19 @@ def _archive_previous(folder:Path, # held by this process
         if f.name != _LOCK: f.rename(aside/f.name)
     say(f"An earlier result moved to '{aside}'" if done else f"An interrupted training moved to '{aside}'; with resume True it would have gone on")
 
+# %% ../../nbs/experiments/02_run.ipynb #ce582652
+class _Curves:
+    "Scalars for TensorBoard, in a file of their own; what the disk does not take is left out"
+    def __init__(self, folder): # of the files
+        self.path = Path(folder)/f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'
+        self.write(file_version='brain.Event:2')
+    def add(self, scalars:dict, step:int): # name → number
+        self.write(step=step, summary=Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()]))
+    def write(self, **event):
+        with suppress(OSError): # curves are not worth a training
+            if 'file_version' in event: self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open('ab') as f: RecordWriter(f).write(Event(wall_time=time.time(), **event).SerializeToString())
+
 # %% ../../nbs/experiments/02_run.ipynb #e252aa84
 class _Log:
     "Write lines to a file, and show them"
@@ -121,7 +136,7 @@ class _EpochLog(Callback):
         folder, # of the TensorBoard files
         every:int=0, # batches between two lines; 0: only a line after each epoch
     ): self.say, self.folder, self.every, self.rows = log, folder, every, 0
-    def before_fit(self): self.writer = SummaryWriter(self.folder)
+    def before_fit(self): self.curves = _Curves(self.folder)
     def after_batch(self):
         if not (self.every and self.training and (self.iter+1) % self.every == 0): return
         self.say(f'epoch {self.epoch+1}/{self.n_epoch}  batch {self.iter+1}/{self.n_iter}  loss {self.loss.item():.4g}')
@@ -131,11 +146,7 @@ class _EpochLog(Callback):
         start = 'validation: ' if self.learn.data.epoch_set == 'validation' else ''
         words = [f'{start if n == "valid_loss" else ""}{n} {v:.4g}' for n, v in row.items()]
         self.say('  '.join([f'epoch {epoch+1}/{self.n_epoch}', *words, f'time {seconds}']), lambda screen: self.show(screen, row, seconds))
-        with suppress(OSError): # curves are not worth a training
-            for n, v in {**row, 'lr': self.opt.hypers[-1]['lr']}.items(): self.writer.add_scalar(n, v, epoch+1)
-            self.writer.flush()
-    def after_fit(self):
-        with suppress(OSError): self.writer.close()
+        self.curves.add({**row, 'lr': self.opt.hypers[-1]['lr']}, epoch+1)
     def show(self, screen, row, seconds):
         epoch = f'{"epoch":{2*len(str(self.n_epoch)) + 1}}' # as wide as 10/10
         if not self.rows: screen.columns([epoch, *(_TITLES.get(n, n) for n in row), 'time'])
@@ -331,9 +342,7 @@ def _draw(path, learn, r, s):
 
 def _write_scalars(folder, r, s, name):
     "Write scores for TensorBoard"
-    with SummaryWriter(folder/'tensorboard') as w:
-        for k, v in asdict(s).items():
-            if isinstance(v, float): w.add_scalar(f'{name}/{k}', v, r.epochs)
+    _Curves(folder/'tensorboard').add({f'{name}/{k}': v for k, v in asdict(s).items() if isinstance(v, float)}, r.epochs)
 
 def _finish(folder, *args):
     "`_write_results`; raises `LiftError` for a disk that does not take them"
@@ -351,10 +360,10 @@ def _write_results(folder, learn, result, s, predictions, name='result', say=pri
     r, trained = learn.recipe, name == 'result'
     if trained: save_lift(folder/'model.safetensors', learn, recipe=r.settings(), calibration=learn.calibration)
     seals = dict(predictions=_write_predictions(folder/f'{"" if trained else name + "_"}predictions.csv', predictions))
+    if trained and history is not None and len(history): seals['history'] = _write_history(folder/'history.csv', history)
     try:
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
         _write_scalars(folder, r, s, name)
-        if trained and history is not None and len(history): seals['history'] = _write_history(folder/'history.csv', history)
     except (OSError, ValueError, TypeError) as e: # the picture is not worth the result
         say(f"Could not write the picture to '{folder}' ({getattr(e, 'strerror', None) or e})")
     _try_report(folder/f'{"" if trained else name + "_"}report', learn, predictions, history, say)
