@@ -128,3 +128,29 @@ def test_shell_says_what_is_wrong(words, said, folder, capsys):
     assert shell(f'FOLDER/calibrated.safetensors FOLDER/images {words}', folder) == 2
     err = capsys.readouterr().err
     assert err.startswith('lift_nb: ') and err.count('\n') == 1 and said in err
+
+def test_calibrate_in_the_shell(folder, tmp_path, capsys):
+    "Folder and table give the calibration of the predictor; five crops where the run tested with five; mistakes are one sentence"
+    from lift_nb.core.files import _write_tensors
+    some, rows = valid[::3], []
+    for i in some:
+        c = tmp_path/'labelled'/data.class_names[data.test_labels[i]]
+        c.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.test_images[i]).save(c/f'{i}.png')
+        rows.append(f'labelled/{c.name}/{i}.png,{c.name}')
+    (tmp_path/'labelled.csv').write_text('\n'.join(['path,label', *rows]) + '\n')
+    raw = load_lift(folder/'raw.safetensors', device='cpu')
+    want = {tte: raw.calibrate(data.test_images[some], data.test_labels[some], tte=tte).temperature for tte in (False, True)}
+    tensors, about = _read_tensors(folder/'raw.safetensors')
+    about['recipe'] = dict(about.get('recipe') or {}, tte=True)
+    _write_tensors(tmp_path/'five.safetensors', tensors, **about)
+    for model, source, tte in ((folder/'raw.safetensors', 'labelled', False), (folder/'raw.safetensors', 'labelled.csv', False), (tmp_path/'five.safetensors', 'labelled', True)):
+        assert main(['calibrate', str(model), str(tmp_path/source), '--out', str(tmp_path/'new.safetensors')]) == 0
+        said = capsys.readouterr().out
+        assert f'temperature {want[tte]:.3f}, fitted on {len(some)} images' in said and ('five crops' in said) == tte
+        assert np.isclose(load_lift(tmp_path/'new.safetensors', device='cpu').calibration.temperature, want[tte])
+    (tmp_path/'odd.csv').write_text('path,label\nlabelled/zero/0.png,puma\n'); (tmp_path/'lost.csv').write_text('path,label\nx.png,zero\n')
+    for words, sentence in {'': 'takes a run and', 'none': 'There is no folder or table', 'odd.csv': "Unknown class 'puma'", 'lost.csv': 'x.png'}.items():
+        assert main(['calibrate', str(folder/'raw.safetensors'), *([str(tmp_path/words)] if words else [])]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and err.count('\n') == 1
