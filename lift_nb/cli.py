@@ -178,7 +178,7 @@ def _data(words, **texts):
 def _bench(words):
     """Measure this machine.
 
-    WHAT is step, modules, text, loop, tte, loading, features, compile, start, or all; BACKBONE the network of a step."""
+    WHAT is step, modules, text, loop, tte, loading, features, compile, start, export, or all; BACKBONE the network of a step."""
     from lift_nb.bench.speed import _bench_all, _machine, _measured
     from lift_nb.core.files import _atomic_write
     what, backbone = [*words, 'step', None][:2] if words else ('step', None)

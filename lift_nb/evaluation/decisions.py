@@ -74,11 +74,12 @@ class Calibration:
 
     def min_confidence(self, precision:float)->float: # one of those of the record
         "Return from which probability a prediction is accepted; raises `LiftError` for a precision that was not fitted"
-        return _fitted(self.confidence, precision, 'precision')
+        return _fitted(self.confidence, precision, 'precision', [n for n in self.notes if n.startswith('No threshold')])
 
-def _fitted(table:dict, level, what:str): # 'coverage' or 'precision'
+def _fitted(table:dict, level, what:str, why=()): # 'coverage' or 'precision', sentences about why there is none
     "Return the row of a level"
     if level in table: return table[level]
+    if not table and why: raise LiftError(f'This model was calibrated, but knows no {what}. {why[0]}')
     if not table: raise LiftError(f'This model knows no {what}: calibrate it on validation images first')
     raise LiftError(f'This model was not calibrated for a {what} of {level!r:.40}; choose from {[*table]}')
 
