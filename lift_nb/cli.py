@@ -205,6 +205,10 @@ def _number(text)->float:
     try: return float(text)
     except ValueError: raise LiftError(f'must be a number, not {text!r:.80}') from None
 
+def _is_number(text)->bool:
+    try: return float(text) == float(text)
+    except ValueError: return False
+
 def _prior(text): # name, numbers, or table of classes and numbers
     "Return a class mix as it was typed, or from a csv file of class, number"
     if ',' in text: return [_number(t) for t in text.split(',')]
@@ -215,7 +219,7 @@ def _prior(text): # name, numbers, or table of classes and numbers
     except (OSError, ValueError, csv.Error): raise LiftError(f'takes a csv file, and {text!r:.200} is none') from None
     if odd := [r for r in rows if len(r) != 2]:
         raise LiftError(f'takes a table of two columns, class and number, not {odd[0]!r:.80}')
-    if rows and not rows[0][1].strip().replace('.', '').isdigit(): rows = rows[1:] # titles
+    if rows and not _is_number(rows[0][1]): rows = rows[1:] # titles
     return {c: _number(n) for c, n in rows}
 
 _DECISIONS = dict(prior=_prior, train_prior=_prior, coverage=_number, # options of `Predictor.predict`
@@ -239,6 +243,7 @@ def _predict(words, top=None, tte=None, expand=None, skip_corrupt=None, out=None
     found = p.predict(images, top, tte=tte, skip_corrupt=skip, expand=_own('expand', expand, _whole), **decisions)
     if 'set' in found: found['set'] = found['set'].map('; '.join)
     for path, reason in found.attrs.get('skipped', {}).items(): _say(f'lift_nb: left out {path}: {reason}', file=sys.stderr)
+    for note in found.attrs.get('notes', []): _say(f'lift_nb: {note}', file=sys.stderr)
     if out is None: return _say(found.round(4).to_string(index=False))
     _write_csv(found, out)
     _say(f'{len(found)} rows: {Path(out).resolve()}')

@@ -154,3 +154,26 @@ def test_calibrate_in_the_shell(folder, tmp_path, capsys):
         assert main(['calibrate', str(folder/'raw.safetensors'), *([str(tmp_path/words)] if words else [])]) == 2
         err = capsys.readouterr().err
         assert sentence in err and err.count('\n') == 1
+
+def test_images_of_another_kind(folder, tmp_path, capsys):
+    "An estimated class mix comes with a warning when the images are unlike the validation images, and only then"
+    (tmp_path/'noise').mkdir(); (tmp_path/'digits').mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path/f'noise/{i}.png')
+        Image.fromarray(data.test_images[test][2*i]).save(tmp_path/f'digits/{i}.png')
+    for images, unlike in ('noise', True), ('digits', False):
+        assert main(['predict', str(folder/'calibrated.safetensors'), str(tmp_path/images), '--prior', 'estimate', '--out', str(tmp_path/'x.csv')]) == 0
+        assert ('unlike the validation images' in capsys.readouterr().err) == unlike
+
+@pytest.mark.parametrize('rows, said', [('zero,-1', "'zero' must be a positive"), ('class,share\nzero,0', "'zero' must be a positive"), ('zero,1e-3', None)])
+def test_numbers_of_a_prior(folder, tmp_path, capsys, rows, said):
+    (tmp_path/'mix.csv').write_text(rows + ''.join(f'\n{c},0.111' for c in data.class_names[1:]))
+    code = main(['predict', str(folder/'calibrated.safetensors'), str(folder/'images'), '--prior', str(tmp_path/'mix.csv')])
+    assert code == (2 if said else 0) and (said or '') in capsys.readouterr().err
+
+def test_no_threshold(folder):
+    "A calibrated model that reaches no precision says so, with the best that was reached"
+    p = load_lift(folder/'raw.safetensors', device='cpu')
+    p.calibrate(data.test_images[valid][:40], np.arange(40) % 10)
+    with pytest.raises(LiftError, match='was calibrated, but knows no precision. No threshold gives'): p.predict(data.test_images[:2], min_precision=.9)
