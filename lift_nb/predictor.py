@@ -271,6 +271,16 @@ def _estimated(p, z)->np.ndarray: # `Predictor`, (N, C) logits; (C,)
     q = _bbse(z.argmax(1).numpy(), np.array(c.predicted), np.array(c.targets), n_classes)
     return (n*q + 1)/(n + n_classes)
 
+def _unlike(p, z, prior)->str: # `Predictor`, (N, C) logits, (C,) estimated; a sentence, or ''
+    "Return how unlike images are to the validation images beyond their class mix, where that is more than chance"
+    from lift_nb.evaluation.prior import _confidence_distance
+    c = p.calibration
+    if not c.confidences: return ''
+    found, chance = _confidence_distance(c.probabilities(z).max(1), np.array(c.confidences), np.array(c.targets), prior)
+    if chance > .01: return ''
+    return (f'These images are unlike the validation images beyond their class mix (distance of the confidences {found:.2f}, p {chance:.3f}): '
+        'an estimated class mix may mislead')
+
 def _named_prior(p, prior)->np.ndarray: # `Predictor`, as in `class_prior`; (C,)
     from lift_nb.evaluation.prior import class_prior
     return class_prior(prior, p.counts, p.classes)
@@ -316,7 +326,7 @@ def predict(self:Predictor, images, # as in `logits`
     min_precision:float|None=None, # the same, by the share of right predictions that is wanted, where calibrated
     train_prior=None, # that the logits carry, as in `prior`; None: as the file says
     **kwargs, # of `logits`
-)->pd.DataFrame: # a row for each image and class; `attrs['skipped']`: name → reason of what was left out
+)->pd.DataFrame: # a row for each image and class; `attrs`: `skipped` (name → reason of what was left out), `notes` (sentences)
     "Return the likeliest classes of each image with their probabilities; what has no path is called by its number"
     images, skipped = _list_images(images), {}
     if type(top) is not int or not 1 <= top <= len(self.classes):
@@ -324,13 +334,14 @@ def predict(self:Predictor, images, # as in `logits`
     least = _threshold(self, prior, min_confidence, min_precision)
     z = self.logits(images, skipped=skipped if skip_corrupt else None, **kwargs)
     p, c = _probabilities(self, z, prior, train_prior).topk(top)
+    unlike = _unlike(self, z, _estimated(self, z)) if isinstance(prior, str) and prior == 'estimate' else ''
     names = [str(x) if isinstance(x, (str, os.PathLike)) else str(i) for i, x in enumerate(images)]
     seen = [n for i, n in enumerate(names) if i not in skipped]
     rows = [(n, self.classes[k], float(q)) for n, ps, ks in zip(seen, p, c) for q, k in zip(ps, ks)]
     found = pd.DataFrame(rows, columns=['image', 'class', 'probability'])
     if coverage is not None: found['set'] = [s for s in _set_names(self, z, coverage) for _ in range(top)]
     if least is not None: found['sure'] = np.repeat(p[:, 0].numpy() >= least, top)
-    found.attrs['skipped'] = {names[i]: reason for i, reason in skipped.items()}
+    found.attrs.update(skipped={names[i]: reason for i, reason in skipped.items()}, notes=[unlike] if unlike else [])
     return found
 
 # %% ../nbs/01_predictor.ipynb #ca11b004

@@ -128,3 +128,52 @@ def test_shell_says_what_is_wrong(words, said, folder, capsys):
     assert shell(f'FOLDER/calibrated.safetensors FOLDER/images {words}', folder) == 2
     err = capsys.readouterr().err
     assert err.startswith('lift_nb: ') and err.count('\n') == 1 and said in err
+
+def test_calibrate_in_the_shell(folder, tmp_path, capsys):
+    "Folder and table give the calibration of the predictor; five crops where the run tested with five; mistakes are one sentence"
+    from lift_nb.core.files import _write_tensors
+    some, rows = valid[::3], []
+    for i in some:
+        c = tmp_path/'labelled'/data.class_names[data.test_labels[i]]
+        c.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.test_images[i]).save(c/f'{i}.png')
+        rows.append(f'labelled/{c.name}/{i}.png,{c.name}')
+    (tmp_path/'labelled.csv').write_text('\n'.join(['path,label', *rows]) + '\n')
+    raw = load_lift(folder/'raw.safetensors', device='cpu')
+    want = {tte: raw.calibrate(data.test_images[some], data.test_labels[some], tte=tte).temperature for tte in (False, True)}
+    tensors, about = _read_tensors(folder/'raw.safetensors')
+    about['recipe'] = dict(about.get('recipe') or {}, tte=True)
+    _write_tensors(tmp_path/'five.safetensors', tensors, **about)
+    for model, source, tte in ((folder/'raw.safetensors', 'labelled', False), (folder/'raw.safetensors', 'labelled.csv', False), (tmp_path/'five.safetensors', 'labelled', True)):
+        assert main(['calibrate', str(model), str(tmp_path/source), '--out', str(tmp_path/'new.safetensors')]) == 0
+        said = capsys.readouterr().out
+        assert f'temperature {want[tte]:.3f}, fitted on {len(some)} images' in said and ('five crops' in said) == tte
+        assert np.isclose(load_lift(tmp_path/'new.safetensors', device='cpu').calibration.temperature, want[tte])
+    (tmp_path/'odd.csv').write_text('path,label\nlabelled/zero/0.png,puma\n'); (tmp_path/'lost.csv').write_text('path,label\nx.png,zero\n')
+    for words, sentence in {'': 'takes a run and', 'none': 'There is no folder or table', 'odd.csv': "Unknown class 'puma'", 'lost.csv': 'x.png'}.items():
+        assert main(['calibrate', str(folder/'raw.safetensors'), *([str(tmp_path/words)] if words else [])]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and err.count('\n') == 1
+
+def test_images_of_another_kind(folder, tmp_path, capsys):
+    "An estimated class mix comes with a warning when the images are unlike the validation images, and only then"
+    (tmp_path/'noise').mkdir(); (tmp_path/'digits').mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path/f'noise/{i}.png')
+        Image.fromarray(data.test_images[test][2*i]).save(tmp_path/f'digits/{i}.png')
+    for images, unlike in ('noise', True), ('digits', False):
+        assert main(['predict', str(folder/'calibrated.safetensors'), str(tmp_path/images), '--prior', 'estimate', '--out', str(tmp_path/'x.csv')]) == 0
+        assert ('unlike the validation images' in capsys.readouterr().err) == unlike
+
+@pytest.mark.parametrize('rows, said', [('zero,-1', "'zero' must be a positive"), ('class,share\nzero,0', "'zero' must be a positive"), ('zero,1e-3', None)])
+def test_numbers_of_a_prior(folder, tmp_path, capsys, rows, said):
+    (tmp_path/'mix.csv').write_text(rows + ''.join(f'\n{c},0.111' for c in data.class_names[1:]))
+    code = main(['predict', str(folder/'calibrated.safetensors'), str(folder/'images'), '--prior', str(tmp_path/'mix.csv')])
+    assert code == (2 if said else 0) and (said or '') in capsys.readouterr().err
+
+def test_no_threshold(folder):
+    "A calibrated model that reaches no precision says so, with the best that was reached"
+    p = load_lift(folder/'raw.safetensors', device='cpu')
+    p.calibrate(data.test_images[valid][:40], np.arange(40) % 10)
+    with pytest.raises(LiftError, match='was calibrated, but knows no precision. No threshold gives'): p.predict(data.test_images[:2], min_precision=.9)

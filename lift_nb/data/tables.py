@@ -20,7 +20,7 @@ from .images import _printable
 from .dataset import LongTailData
 from .lists import _clean_name, _delimiter, _examples, _in_order, _is_image, _locate, _notes_about, _read_text, _refuse_lost
 from .splits import _assemble_data
-from .folders import _split_word, from_folder
+from .folders import _class_folders, _split_word, from_folder
 
 # %% ../../nbs/data/05_tables.ipynb #f3c642ad
 def _list_rows(file, # .txt, or a table without header
@@ -309,3 +309,22 @@ def _from_path(path, # folder of images, or a .csv or .tsv file, or a list (.txt
     if path.suffix.lower() in ('.csv', '.tsv', '.txt', '.lst', '.list'): return from_table(path, **kwargs)
     if os.path.exists(path): raise LiftError(f"'{_printable(path)}' is neither a folder of images nor a table (.csv, .tsv) or a list (.txt)")
     raise LiftError(f"There is no folder or table '{_printable(path)}'")
+
+# %% ../../nbs/data/05_tables.ipynb #f75f19b0
+def _labelled_images(path, # folder with class folders, or a .csv, .tsv or .txt file
+    root=None, path_col=None, label_col=None, # see `from_table`
+)->tuple: # list of paths, list of class names
+    "The images of a folder or table with their labels; raises `LiftError` for what is none, or lacks files"
+    path = Path(os.path.expanduser(path))
+    if not os.path.exists(path): raise LiftError(f"There is no folder or table '{_printable(path)}'")
+    if os.path.isdir(path):
+        found, _ = _class_folders(path)
+        return [f for fs in found.values() for f in fs], [c for c, fs in found.items() for _ in fs]
+    table, _ = _read_table(path)
+    cols = dict(path=_column(table, 'path', path_col), label=_column(table, 'label', label_col), split=None)
+    rows, _ = _table_rows(table, cols, label_col is not None)
+    folder = path.parent if root is None else Path(os.path.expanduser(root))
+    files, _ = _locate(rows.path.to_numpy(), folder, True)
+    lost = [f"'{p}'" for p, f in zip(rows.path, files) if f is None]
+    if lost: _refuse_lost(lost, len(rows), folder)
+    return list(files), list(rows.label)

@@ -127,11 +127,12 @@ def calibration_scores(probabilities, # (N, C)
 # %% ../../nbs/evaluation/03_calibration.ipynb #b52c2a32
 def plot_reliability(tables:dict, # name → what `reliability` returned
     ax=None, # matplotlib axes; None: new
+    colors=('#0072b2', '#d55e00', '#009e73', '#cc79a7'), # of the lines
 ): # the axes
     "Plot accuracy over confidence with intervals, one line for each table"
     ax = ax or plt.subplots(figsize=(4.2, 4))[1]
     ax.plot([0, 1], [0, 1], color='.7', lw=1, zorder=0)
-    for (name, t), color, marker in zip(tables.items(), ('#0072b2', '#d55e00', '#009e73', '#cc79a7'), 'osD^'):
+    for (name, t), color, marker in zip(tables.items(), colors, 'osD^'):
         error = [(t.accuracy - t.low).clip(lower=0), (t.high - t.accuracy).clip(lower=0)] # rounding at 0 and 1
         ax.errorbar(t.confidence, t.accuracy, error, fmt=marker + '-', ms=4, lw=1, elinewidth=.6, color=color, label=name)
     ax.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1.02), ylim=(0, 1.02), aspect='equal')

@@ -53,6 +53,7 @@ class Calibration:
     predicted: list = field(default_factory=list) # classes of the validation images by their raw logits
     targets: list = field(default_factory=list) # their labels; with `predicted` the confusion that BBSE needs
     notes: list = field(default_factory=list) # sentences: what these images do not say
+    confidences: list = field(default_factory=list) # of the predictions on validation images; [] in older files
 
     def probabilities(self, logits, # (N, C)
         prior=None, # (C,) where the model works; None: that of the record
@@ -74,11 +75,12 @@ class Calibration:
 
     def min_confidence(self, precision:float)->float: # one of those of the record
         "Return from which probability a prediction is accepted; raises `LiftError` for a precision that was not fitted"
-        return _fitted(self.confidence, precision, 'precision')
+        return _fitted(self.confidence, precision, 'precision', [n for n in self.notes if n.startswith('No threshold')])
 
-def _fitted(table:dict, level, what:str): # 'coverage' or 'precision'
+def _fitted(table:dict, level, what:str, why=()): # 'coverage' or 'precision', sentences about why there is none
     "Return the row of a level"
     if level in table: return table[level]
+    if not table and why: raise LiftError(f'This model was calibrated, but knows no {what}. {why[0]}')
     if not table: raise LiftError(f'This model knows no {what}: calibrate it on validation images first')
     raise LiftError(f'This model was not calibrated for a {what} of {level!r:.40}; choose from {[*table]}')
 
@@ -140,6 +142,7 @@ def fit_calibration(logits, # (N, C) of validation images
         shift = np.log(found.prior)
     found.temperature, notes = _temperature(z - np.log(found.source or 1.), y, counts, shift, by_group, groups)
     p = found.probabilities(z)
+    found.confidences = [round(float(v), 4) for v in p.max(1)]
     found.sets = {c: _set_thresholds(p, y, counts, c, groups) for c in coverage}
     found.confidence, unreached = _precision_thresholds(p.max(1), p.argmax(1) == y, precision)
     found.notes = [*_lacking(y, z.shape[1]), *notes, *_thin_groups(y, counts, coverage, groups), *unreached]
@@ -156,7 +159,8 @@ def _is_sound(c:Calibration, n:int)->bool: # as read; classes
     groups = {g for s in c.sets.values() for g in s} <= {'many', 'medium', 'few'}
     whole = all(type(v) is int and v >= 0 for v in (c.many, c.few, *c.predicted, *c.targets)) and c.few <= c.many + 1
     inside = len(c.predicted) == len(c.targets) and max([*c.predicted, *c.targets, 0]) < n
-    said = isinstance(c.notes, list) and all(type(v) is str for v in c.notes)
+    said = isinstance(c.notes, list) and all(type(v) is str for v in c.notes) and all(_is_number(v, 0., 1.) for v in c.confidences)
+    inside = inside and len(c.confidences) in (0, len(c.targets))
     return (len(t) == n and all(_is_number(v, 1e-6) for v in t) and all(_is_number(v, 0., 1.) for v in shares)
         and groups and whole and inside and said and (c.prior is None or c.source is not None))
 

@@ -127,6 +127,16 @@ def _ks(a, b, weights)->float: # confidences (N,), (M,), (M,) weights of the sec
     grid = np.concatenate([a, b])
     return float(np.abs(np.searchsorted(np.sort(a), grid, 'right')/len(a) - total[np.searchsorted(at, grid, 'right')]).max())
 
+def _confidence_distance(a, b, y, prior, seed:int=0, n:int=500)->tuple: # confidences (N,) and (M,), labels (M,), (C,) prior of the first
+    "Return the distance of two samples of confidences, the second reweighted to a prior, and its p-value"
+    share, rng = np.bincount(y, minlength=len(prior))/len(y), np.random.RandomState(seed)
+    weights = (np.asarray(prior)/np.maximum(share, 1e-12))[y]
+    distance = _ks(a, b, weights)
+    def draw(): # both samples from the reweighted validation images
+        rows = rng.randint(len(b), size=len(b))
+        return _ks(rng.choice(b, len(a), p=weights/weights.sum()), b[rows], weights[rows])
+    return distance, float((1 + sum(draw() >= distance for _ in range(n)))/(1 + n))
+
 def label_shift_distance(logits, # (N, C) of unlabelled images
     valid, # (logits, labels) of validation images
     prior, # (C,) of the unlabelled images, as `estimate_prior` finds it
@@ -136,11 +146,4 @@ def label_shift_distance(logits, # (N, C) of unlabelled images
     "Return how unlike the unlabelled images are to reweighted validation images, and how likely that is under label shift"
     z, _ = _checked(logits, np.zeros(len(logits), int))
     v, y = _checked(*valid)
-    share = np.bincount(y, minlength=z.shape[1])/len(y)
-    weights = (np.asarray(prior)/np.maximum(share, 1e-12))[y]
-    a, b, rng = softmax(z, axis=1).max(1), softmax(v, axis=1).max(1), np.random.RandomState(seed)
-    distance = _ks(a, b, weights)
-    def draw(): # both samples from the reweighted validation images
-        rows = rng.randint(len(b), size=len(b))
-        return _ks(rng.choice(b, len(a), p=weights/weights.sum()), b[rows], weights[rows])
-    return distance, float((1 + sum(draw() >= distance for _ in range(n)))/(1 + n))
+    return _confidence_distance(softmax(z, axis=1).max(1), softmax(v, axis=1).max(1), y, prior, seed, n)

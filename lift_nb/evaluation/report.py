@@ -139,8 +139,8 @@ _RELIABILITY = dict(group=('', 'text'), images=('images', 'int'), confidence=('c
 def _lacking(t)->list: # predictions
     "Return sentences about what these predictions do not tell of the probabilities"
     known = np.isfinite(t.probability.to_numpy(float))
-    if not known.any(): return ['These predictions hold classes only, no probabilities: there is nothing to judge here, and the mistakes below '
-        'have no order. A run of this version stores them.']
+    if not known.any(): return ['These predictions hold classes only, no probabilities: there is nothing to judge here, and mistakes have '
+        'no order. A run of this version stores them.']
     lost = f'The probability of {(~known).sum()} of {len(t)} images is not a number; they are left out here.'
     return [*([] if known.all() else [lost]), *([] if _PROPER[0] in t else ['Brier score and negative log-likelihood need all '
         'probabilities of an image; a run of this version stores both, these predictions hold the highest ones only.'])]

@@ -85,7 +85,7 @@ def plot_sizes(table:pd.DataFrame, # of `class_table`
             size = 26 if len(t) <= 300 else 9
             ax.scatter(rows.train, 100*rows.recall, s=size, color=color, alpha=.75 if len(t) <= 300 else .45, lw=0, gid=f'points-{g}')
             mean, ends = 100*rows.recall.mean(), (rows.train.min(), rows.train.max())
-            ax.plot(ends, (mean, mean), color=color, lw=1.6, label=f'{g}: {len(rows)} classes, mean {mean:.1f} %')
+            ax.plot(ends, (mean, mean), color=color, lw=1.6, label=f'{g}: {len(rows)} class{"es"*(len(rows) != 1)}, mean {mean:.1f} %')
         if len(t): _label_extremes(ax, t)
         _size_axis(ax, t); ax.set(ylabel='recall, %', ylim=(-4, 104))
         if len(t): ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.2)
@@ -132,12 +132,12 @@ def plot_history(history:pd.DataFrame, # a row for each epoch: losses, metrics, 
 def plot_group_reliability(confidence, hits, groups)->str: # (N,) probability of the prediction, is it right, group of the true class; SVG
     "Return accuracy over confidence, a line for each group"
     c, h, g = (np.asarray(v) for v in (confidence, hits, groups))
-    order = ('many', 'few', 'medium') # the order of the colours of `plot_reliability`
     with plt.rc_context(_STYLE):
         fig, ax = _figure(4.2, 4)
         if len(g):
-            found = {n: (c[g == n], h[g == n]) for n in order if (g == n).any()}
-            plot_reliability({n: reliability(*v, max(1, min(10, len(v[0])//20))) for n, v in found.items()}, ax)
+            found = {n: (c[g == n], h[g == n]) for n in _group_colors if (g == n).any()}
+            tables = {n: reliability(*v, max(1, min(10, len(v[0])//20))) for n, v in found.items()}
+            plot_reliability(tables, ax, [_group_colors[n] for n in found])
     return _svg(fig, 'reliability')
 
 def plot_differences(table:pd.DataFrame, # name, train, group, difference (share)
@@ -170,11 +170,11 @@ def plot_map(points:pd.DataFrame, # x, y, name and group of the true class, righ
     "Return the map of the features twice: by class (up to ten, else by group), and by right and wrong"
     classes, titles = list(dict.fromkeys(points.sort_values('label', kind='stable').name)), {}
     by_class = dict(zip(classes, plt.get_cmap('tab10').colors)) if len(classes) <= 10 else _group_colors
-    kinds = points.name if len(classes) <= 10 else points.group
+    kinds, size = points.name if len(classes) <= 10 else points.group, 8 if len(points) > 400 else 18
     with plt.rc_context({**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}):
         fig, axes = _figure(7.6, 4.1, 2)
-        _scatter_by(axes[0], points, kinds, by_class, titles, 'map', s=8)
-        _scatter_by(axes[1], points, np.where(points.right, 'right', 'wrong'), {'right': '#b2b2b2', 'wrong': '#d55e00'}, titles, 'error', s=8)
+        _scatter_by(axes[0], points, kinds, by_class, titles, 'map', s=size)
+        _scatter_by(axes[1], points, np.where(points.right, 'right', 'wrong'), {'right': '#b2b2b2', 'wrong': '#d55e00'}, titles, 'error', s=size)
         for ax in axes:
             ax.set(xticks=[], yticks=[], aspect='equal')
             ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(.5, 0), ncols=4, markerscale=1.6, handletextpad=.2, columnspacing=.8)

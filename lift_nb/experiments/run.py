@@ -306,7 +306,7 @@ def _report_words(method, data, backbone, counts, images:dict, trained:int, epoc
     # part → images, trained parameters, part that was evaluated after each epoch, and of the probabilities
     "Return title and first sentences of a run's report"
     held = ', '.join(f'{n:,} {part}' for part, n in images.items() if part != 'training')
-    if 'validation' in images: how = 'What was chosen by looking was chosen by the validation images; the test images were looked at once, after training.'
+    if 'validation' in images: how = 'Choices were made on the validation images; the test images were looked at once, after training.'
     elif epoch_set == 'test': how = ('The test images were also evaluated after each epoch, as in the papers; the last epoch counts, so that '
         'nothing was chosen by them.')
     else: how = 'There are no validation images: nothing was chosen by looking, and the test images were looked at once, after training.'
