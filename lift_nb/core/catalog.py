@@ -173,13 +173,16 @@ LOSSES = Catalog('loss',
     lade=_loss('LADE', 'label distribution disentangling (Hong et al., 2021)'))
 
 # %% ../../nbs/core/05_catalog.ipynb #c1a70002
+_SAMPLERS = dict(instance=1., sqrt=.5, balanced=0.) # name → images drawn of a class are proportional to this power of its number
+
 def _trained_tau(loss, # name or object
     tau=1., # of logit adjustment
+    sampler:str='instance', # a name of `_SAMPLERS`
 ): # 1: all of it, 0: nothing; None: unknown
-    "Return how much of the training prior a loss takes out of the logits"
+    "Return how much of the training prior a loss, and a sampler before it, take out of the logits"
     if not isinstance(loss, str): tau = getattr(loss, 'tau', None)
     elif loss != 'la': tau = float(loss in ('cb', 'grw', 'bs', 'lade')) if loss in LOSSES.rows else None
-    return tau if type(tau) in (int, float) else None
+    return 1 - _SAMPLERS[sampler]*(1 - tau) if type(tau) in (int, float) else None
 
 # %% ../../nbs/core/05_catalog.ipynb #fa7e3352
 _CROPS = ('min', 'max', 'linear', 'convex', 'concave', 'plain') # training crops: schedules of the minimalist crop, or none

@@ -7,6 +7,7 @@ __all__ = ['SeededDL', 'dataloaders']
 
 # %% ../../nbs/data/09_loaders.ipynb #dd4a965f
 import hashlib, os, random, re, traceback
+from collections import Counter
 from contextlib import contextmanager
 from itertools import count
 from multiprocessing import AuthenticationError
@@ -111,10 +112,18 @@ def _worker_deaths_as_errors():
 
 
 # %% ../../nbs/data/09_loaders.ipynb #39940328
+def _numbered(drawn, # positions, some of them several times
+    n:int, # items of the data set
+)->list:
+    "Return the positions, `n` added for every earlier draw of the same item: each draw has random numbers of its own"
+    seen = Counter()
+    return [i + n*(seen.update([i]) or seen[i] - 1) for i in drawn]
+
 class SeededDL(TfmdDL):
     "A fastai `TfmdDL` whose random transforms depend on the pass and the item only; `start` leaves out the first batches of the next pass"
     def __init__(self, *args, **kwargs):
         self.pass_seed, self.start, self.passing = torch.zeros(1, dtype=torch.int64), 0, False
+        self.weights = None # (N,) chances of the items to be drawn, with replacement; None: each is taken once
         super().__init__(*args, **kwargs)
         if self.fake_l.num_workers: self.share()
         self.seed = _digest(self.rng.getstate())
@@ -132,11 +141,12 @@ class SeededDL(TfmdDL):
     def _one_pass(self):
         with _random_from('one pass'): super()._one_pass() # fastai looks at an item when it wants to know what items are like
     def get_idxs(self):
-        self.order = super().get_idxs()[self.start*(self.bs or 1):] # of this pass
+        order = super().get_idxs() if self.weights is None else _numbered(self.rng.choices(range(self.n), self.weights, k=self.n), self.n)
+        self.order = order[self.start*(self.bs or 1):] # of this pass
         return self.order
     def do_item(self, s):
         if self.passing: _seed_from(self.pass_seed.item(), s)
-        return super().do_item(s)
+        return super().do_item(s if self.weights is None else s % self.n)
     def do_batch(self, b):
         b = super().do_batch(b)
         if self.passing: _seed_from(*self.key) # transforms of whole batches come next, unless this is a worker
@@ -152,6 +162,23 @@ class SeededDL(TfmdDL):
                 finally: self.passing = False
             if b is None: return
             yield b
+
+# %% ../../nbs/data/09_loaders.ipynb #5a3b9e11
+def _sampled_counts(counts, # (C,) training images of each class
+    power:float, # of their number
+)->np.ndarray: # (C,)
+    "Return how many images of each class a pass is expected to draw"
+    if power == 1: return counts
+    drawn = np.asarray(counts, float)**power
+    return drawn*(np.sum(counts)/drawn.sum())
+
+def _sample_by_class(dl:SeededDL, # of the training set
+    labels, # (N,)
+    power:float, # of the number of images of their class
+):
+    "Let a loader draw classes in proportion to a power of their size"
+    counts = np.bincount(labels)
+    dl.weights = (_sampled_counts(counts, power)/np.maximum(counts, 1))[labels].tolist()
 
 # %% ../../nbs/data/09_loaders.ipynb #804fd701
 def _default_workers(data:LongTailData, # what to load

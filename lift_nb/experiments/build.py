@@ -28,22 +28,23 @@ from fasttransform import Pipeline
 
 from ..core.errors import LiftError, _lookup
 from ..core.screen import _wants_progress
-from ..core.catalog import LOSSES
+from ..core.catalog import LOSSES, _SAMPLERS
 from ..core.processes import is_distributed
 from ..data.dataset import LongTailData, class_counts, long_tail_subset
 from ..data.splits import _name_classes
 from ..data.benchmarks import load_data
-from ..data.loaders import SeededDL, dataloaders, _worker_deaths_as_errors
+from ..data.loaders import SeededDL, dataloaders, _sample_by_class, _sampled_counts, _worker_deaths_as_errors
 from ..data.crops import CenterCrop, FiveCrops, MinimalistCrop, train_crop
 from ..models.precision import autocast
 from ..models.blocks import Backbone
 from ..models.backbones import create_backbone
 from ..models.surgery import n_trainable
+from ..models.heads import _center_rows
 from ..models.features import FeatureCache, _CachedFeatures, _keep_features
 from ..models.model import LiftModel, assemble, compile_backbone
 from ..training.losses import CrossEntropy, LogitAdjustment
 from ..training.callbacks import (AccumulateGradients, AdjustLogits, AverageCrops, CropSchedule, FrozenEval, ScaleLoss,
-    SkipValidation, StopOnNonFinite, WatchLoss, _PlainTensors, _SmoothLoss, _sgd)
+    SkipValidation, StopOnNonFinite, WatchLoss, _AverageWeights, _MixImages, _PlainTensors, _SmoothLoss, _sgd)
 from ..training.checkpoints import _random_state, _set_random_state
 from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
@@ -90,7 +91,9 @@ def _lift_dataloaders(data:LongTailData, # training and test images
     "Return DataLoaders with the method's crops, in micro-batches of `batch_size / accum_step`"
     _check_shares(r.batch_size, accum_step)
     crops = [train_crop(r.mda, backbone.resolution), CenterCrop(backbone.resolution, r.expand)]
-    return dataloaders(data, crops, backbone.mean, backbone.std, r.batch_size//accum_step, r.num_workers, device=device)
+    dls = dataloaders(data, crops, backbone.mean, backbone.std, r.batch_size//accum_step, r.num_workers, device=device)
+    if r.sampler != 'instance': _sample_by_class(dls.train, data.train_labels, _SAMPLERS[r.sampler])
+    return dls
 
 def _with_normalization(dls:DataLoaders, # of the user
     backbone:Backbone, # mean and std
@@ -164,18 +167,21 @@ def _model(b:Backbone, # frozen
     text = {k: getattr(r, k) for k in _TEXT_SETTINGS if getattr(r, k) not in (None, 'none')}
     settings = {k: getattr(r, k) for k in _MODEL_SETTINGS}
     inputs = _head_init_inputs(b, _plain_train_batches(dls, labels), labels, cache, r.precision)
-    return assemble(b, names, dls.device, head_init_inputs=inputs, **settings, **text)
+    model = assemble(b, names, dls.device, head_init_inputs=inputs, **settings, **text)
+    if r.center: _center_rows(model.head)
+    return model
 
 # %% ../../nbs/experiments/01_build.ipynb #245eefe3
 def _loss(loss, # a name of `LOSSES`, a class of losses, or a ready loss (logits, labels) → mean
     counts, # (C,) training images of each class
-    **options, # `tau`, `scale`: each loss takes those that it has
+    **options, # `tau`, `scale`, `label_smoothing`: each loss takes those that it has
 )->tuple: # loss module, list of callbacks
     "Return loss and callbacks; logit adjustment acts in training only"
     loss = _lookup(LOSSES, loss, 'loss')
     if not isinstance(loss, type): return loss, []
     loss = loss(counts, **{k: v for k, v in options.items() if k in signature(loss).parameters})
-    return (CrossEntropy(), [AdjustLogits(loss)]) if isinstance(loss, LogitAdjustment) else (loss, [])
+    plain = CrossEntropy(label_smoothing=loss.label_smoothing)
+    return (plain, [AdjustLogits(loss)]) if isinstance(loss, LogitAdjustment) else (loss, [])
 
 def _trainable_groups(model:nn.Module)->list: # [of the backbone, of the head]
     "Return the trained parameters in two groups; raises `LiftError` when there are none"
@@ -191,7 +197,8 @@ def _callbacks(r:Recipe, # crop schedule, precision
     guard = ScaleLoss if r.precision == 'fp16' else StopOnNonFinite
     crops = [t for t in getattr(dls.train.after_item, 'fs', []) if isinstance(t, MinimalistCrop)]
     schedule = [CropSchedule(crops[0], r.mda)] if crops and r.mda else []
-    asked = [*([AccumulateGradients(accum_step)] if accum_step > 1 else []), *([GradientClip(r.clip_grad)] if r.clip_grad else [])]
+    asked = [*([AccumulateGradients(accum_step)] if accum_step > 1 else []), *([GradientClip(r.clip_grad)] if r.clip_grad else []),
+        *([_AverageWeights(r.ema)] if r.ema else []), *([_MixImages(r.mixup)] if r.mixup else [])]
     return [FrozenEval(), _PlainTensors(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(r.nonfinite), WatchLoss(), *schedule, *asked]
 
 def _learner(dls:DataLoaders, # training and test set
@@ -204,8 +211,10 @@ def _learner(dls:DataLoaders, # training and test set
     **kwargs, # passed to `Learner`: path, model_dir, …
 )->Learner:
     "Return a fastai `Learner` with the method's optimizer, loss, metrics and callbacks"
-    loss_func, loss_cbs = _loss(r.loss, counts, tau=r.tau, scale=getattr(model.head, 'scale', 25.))
-    optimizer = dict(opt_func=partial(_sgd, mom=r.momentum), lr=r.lr, wd=r.weight_decay, wd_bn_bias=True, splitter=_trainable_groups)
+    options = dict(tau=r.tau, scale=getattr(model.head, 'scale', 25.), label_smoothing=r.label_smoothing)
+    loss_func, loss_cbs = _loss(r.loss, _sampled_counts(counts, _SAMPLERS[r.sampler]), **options)
+    lr = r.lr if r.head_lr is None else [r.lr, r.head_lr]
+    optimizer = dict(opt_func=partial(_sgd, mom=r.momentum), lr=lr, wd=r.weight_decay, wd_bn_bias=True, splitter=_trainable_groups)
     learn = Learner(dls, model, loss_func, **optimizer, train_bn=False, metrics=[*group_metrics(counts, r.many, r.few), *metrics],
         cbs=[*_callbacks(r, dls, accum_step), *loss_cbs, *cbs], **kwargs)
     learn.recipe, learn.counts, learn.accum_step = r, counts, accum_step
@@ -300,13 +309,13 @@ def _cached_feature_dls(learn:Learner)->DataLoaders:
         with autocast(dl.device, learn.model.precision):
             f, y = cache.get(learn.model.backbone, dl, images, labels, precision=learn.model.precision)
         out.append(SeededDL(_FeatureRows(f, y), bs=dl.bs, shuffle=dl is plain, drop_last=False, num_workers=0, device=dl.device))
-    out[0].seed = train.seed
+    out[0].seed, out[0].weights = train.seed, train.weights
     out[0].rng.setstate(train.rng.getstate())
     return DataLoaders(*out, *learn.dls.loaders[len(out):], device=train.device) # what is not looked at in training stays as it is
 
 def _uses_cached_features(learn:Learner)->bool:
     "Return whether the network sees the same images in every epoch, and only its head learns"
-    same = learn.features and learn.data and not is_distributed() and learn.recipe.mda == 'plain'
+    same = learn.features and learn.data and not is_distributed() and learn.recipe.mda == 'plain' and not learn.recipe.mixup
     return bool(same and n_trainable(learn.model.head) and not n_trainable(learn.model.backbone))
 
 @contextmanager

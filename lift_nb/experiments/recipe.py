@@ -14,7 +14,7 @@ from typing import get_args
 
 from ..core.errors import LiftError, _lookup, _nearest
 from ..core.catalog import (ADAPTERS, BACKBONES, DATASETS, HEADS, INITS, LOSSES, METHODS, TEXT_HEADS,
-    _CONTEXTS, _CROPS, _NONFINITE, _PRECISIONS, _is_text_head)
+    _CONTEXTS, _CROPS, _NONFINITE, _PRECISIONS, _SAMPLERS, _is_text_head)
 
 # %% ../../nbs/experiments/00_recipe.ipynb #7e8b97ca
 _POSITIVE = (lambda v: 0 < v <= 1e12, 'above 0 and at most 1e12') # what float32 can compute with
@@ -23,6 +23,7 @@ _RESOLUTION = (lambda v: 0 < v <= 2048, 'above 0 and at most 2048')
 _MARGIN = (lambda v: 0 <= v <= 2048, 'at least 0 and at most 2048')
 _SEED = (lambda v: 0 <= v < 2**32, 'at least 0 and below 2**32')
 _FRACTION = (lambda v: 0 < v < 1, 'between 0 and 1')
+_PART = (lambda v: 0 <= v < 1, 'at least 0 and below 1')
 _STEPS = (lambda v: v == 'auto' or not isinstance(v, str) and v > 0, "above 0 or 'auto'")
 _DEVICE = (lambda v: re.fullmatch(r'cpu|cuda(:\d{1,4})?', str(v)), "'cpu', 'cuda', 'cuda:1' …")
 _MDA = (lambda v: isinstance(v, (bool, str)) or callable(v), f'one of {list(_CROPS)}, True or False')
@@ -113,6 +114,7 @@ _PROMPTED = (lambda r: not _CLASSIFIER[0](r) or r.init in (None, 'semantic') or 
 _ADAPTED = (lambda r: r.modules != 'none', "adapters, and modules is 'none'")
 _TEXT_ADAPTED = (lambda r: r.text_modules != 'none', "adapters of the text tower, and text_modules is 'none'")
 _LA = (lambda r: not isinstance(r.loss, str) or r.loss == 'la', "the loss 'la'")
+_SMOOTHED = (lambda r: isinstance(r.loss, str) and r.loss in ('ce', 'la', 'bs'), "the losses 'ce', 'la' and 'bs'")
 _COSINE = (lambda r: not isinstance(r.head, str) or r.head == 'cosine', "the head 'cosine'")
 _COOP = (lambda r: not isinstance(r.head, str) or 'coop' in r.head, "the head 'coop'")
 _CLIP_ADAPTER = (lambda r: not isinstance(r.head, str) or 'clip_adapter' in r.head, "the head 'clip_adapter'")
@@ -189,6 +191,7 @@ class _Network(_Source):
     scale: float = _setting(25., 'Adapters and head', 'scale of the cosine head', _POSITIVE, needs=_COSINE)
     init: object = _setting(None, 'Adapters and head', "start of the head ('none': random); none given: the backbone's", _object_or_name('init',
         'a name, a function or a matrix'), INITS, needs=_CLASSIFIER)
+    center: bool = _setting(False, 'Adapters and head', "subtract the mean of the head's first rows (prototype centring)?", needs=_CLASSIFIER)
     template: object = _setting('a photo of a {}.', 'Adapters and head', 'prompt of the class names, a list of them, or a file of them',
         _check_template, needs=_PROMPTED)
     text_modules: object = _setting('none', 'Heads without classifier', 'adapters of the text tower', needs=_TEXT_HEAD)
@@ -205,13 +208,20 @@ class Recipe(_Network):
     "Everything that decides what a run computes"
     loss: object = _setting('la', 'Training', 'loss', _object_or_name('loss', 'a name or a loss'), LOSSES, needs=_TRAINS)
     tau: float = _setting(1., 'Training', 'strength of the logit adjustment', _NOT_NEGATIVE, needs=(_TRAINS, _LA))
+    label_smoothing: float = _setting(0., 'Training', 'part of the target that is spread over all classes', _PART, needs=(_TRAINS, _SMOOTHED))
+    sampler: str = _setting('instance', 'Training', 'classes are drawn by their size, its square root, or all alike; the loss knows',
+        choices=_SAMPLERS, needs=(_TRAINS, _CROPPED))
     mda: object = _setting('convex', 'Training', 'schedule of the minimalist crop; plain: no augmentation; False: classic crop and flip', _MDA,
         _CROPS, (_TRAINS, _CROPPED))
     epochs: int = _setting(5, 'Training', 'epochs', _NOT_NEGATIVE, needs=_TRAINS)
     lr: float = _setting(0.02, 'Training', 'learning rate of the first epoch; cosine, stepped per epoch', _POSITIVE, needs=_TRAINS)
+    head_lr: float|None = _setting(None, 'Training', "learning rate of the head; none: that of the adapters", _POSITIVE, needs=_TRAINS)
     weight_decay: float = _setting(5e-4, 'Training', 'weight decay, coupled, on every trained tensor', _NOT_NEGATIVE, needs=_TRAINS)
     momentum: float = _setting(0.9, 'Training', 'momentum of SGD', _NOT_NEGATIVE, needs=_TRAINS)
     clip_grad: float|None = _setting(None, 'Training', 'largest norm of the gradient; none: not clipped', _POSITIVE, needs=_TRAINS)
+    ema: float|None = _setting(None, 'Training', 'decay of the moving average of the trained weights, as 0.99; none: the last weights', _FRACTION,
+        needs=_TRAINS)
+    mixup: float|None = _setting(None, 'Training', "alpha of mixup, as 0.4: images are blended in pairs; none: they are not", _POSITIVE, needs=_TRAINS)
     batch_size: int = _setting(128, 'Training', 'images in a step, over all processes', _POSITIVE, needs=_CROPPED)
     accum_step: int|str = _setting(1, 'Training', 'gradient-accumulation steps of a batch; auto: as few as fit into the memory', _STEPS,
         needs=_TRAINS)

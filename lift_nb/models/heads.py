@@ -175,3 +175,12 @@ def create_head(head, # a name of `HEADS` or a ready module (B, d) → (B, C)
         if rows is None: return h
     h.weight.data = _as_matrix(rows, tuple(h.weight.shape))
     return h
+
+# %% ../../nbs/models/09_heads.ipynb #9b0d7c02
+@torch.no_grad()
+def _center_rows(head:nn.Module): # with a `weight` (C, d)
+    "Subtract the mean row from all rows, which keep the length 1; raises `LiftError` for a head without rows"
+    if not isinstance(getattr(head, 'weight', None), Tensor):
+        raise LiftError(f'center needs a head with rows, as {list(HEADS)}, not {type(head).__name__}')
+    rows = normalize(head.weight, dim=-1)
+    if len(rows) > 1: head.weight.copy_(normalize(rows - rows.mean(0), dim=-1))

@@ -147,7 +147,7 @@ def _description(learn, # of `lift_plus_learner`
     names, classes = ([str(c) for c in cs] for cs in (made['names'], learn.dls.vocab))
     return dict(layout=_LAYOUT, backbone=_as_plain(made['backbone']), weights=learn.backbone.weights, digest=_frozen_digest(m, tuned),
         method=method, parts=parts, names=names, classes=classes, counts=learn.counts.tolist(), images=_image_settings(learn),
-        tau=_trained_tau(learn.recipe.loss, learn.recipe.tau))
+        tau=_trained_tau(learn.recipe.loss, learn.recipe.tau, learn.recipe.sampler))
 
 def save_lift(path, # .safetensors
     learn, # `Learner` of `lift_plus_learner`

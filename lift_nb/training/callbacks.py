@@ -12,16 +12,18 @@ import math, os, time
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException, CancelValidException, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgSmoothLoss, Recorder
 from fastai.optimizer import Optimizer
 
 from ..core.errors import LiftError, _lookup
-from ..core.processes import _unwrap
+from ..core.processes import _unwrap, is_distributed
 from ..data.crops import min_scale
 from ..models.adapters import Parallel, _SyncedBuffers
 from .losses import LongTailLoss
@@ -134,7 +136,7 @@ def _images_of(dl, # DataLoader in the middle of a pass
     found, bs = getattr(dl, 'order', None), getattr(dl, 'bs', None)
     if found is None or not bs: return ''
     at = (i - getattr(dl, 'start', 0))*bs
-    found = list(found[at:at+bs])
+    found = [x % len(dl.dataset) for x in found[at:at+bs]] # a sampler numbers its draws
     return f" (images {', '.join(map(str, found[:n]))}{' …' if len(found) > n else ''} of the data set)"
 
 # %% ../../nbs/training/01_callbacks.ipynb #0bf5d7cd
@@ -258,7 +260,7 @@ class WatchLoss(Callback):
     order, run_valid = MixedPrecision.order+1, False
     def __init__(self, say=print, # where to say it
         steps:int=40, # batches after which it is judged
-        mean_of:int=10, # batches whose mean loss is compared
+        mean_of:int=10, # last of them, whose mean loss is compared with that of the first batch
     ): self.say, self.steps, self.mean_of = say, steps, mean_of
     def before_fit(self): self.losses = []
     def after_batch(self):
@@ -267,13 +269,48 @@ class WatchLoss(Callback):
         self.losses.append(self.loss.detach().as_subclass(Tensor).float().mean())
         if len(self.losses) == self.steps: self.judge()
     def judge(self):
-        first, last = (torch.stack(part) for part in (self.losses[:self.mean_of], self.losses[-self.mean_of:]))
-        error = ((first.var() + last.var())/self.mean_of).sqrt()
-        if not last.mean() > first.mean() + 2*error: return
+        first, last = self.losses[0], torch.stack(self.losses[-self.mean_of:])
+        if not last.mean() > 1.1*first + 2*last.std()/self.mean_of**.5: return
         lr = max(h['lr'] for h in self.opt.hypers)
-        self.say(f'After {self.steps} batches the loss is {last.mean():.3g}, at the start it was {first.mean():.3g}: nothing is learned. '
+        self.say(f'After {self.steps} batches the loss is {last.mean():.3g}, at the start it was {first:.3g}: nothing is learned. '
             f'A smaller learning rate (lr {lr/4:.3g} instead of {lr:.3g}) or a clipped gradient (clip_grad 1) may help')
 
+
+# %% ../../nbs/training/01_callbacks.ipynb #7c1e4a02
+class _AverageWeights(Callback):
+    "Keep an exponential moving average of the trained tensors; it is evaluated, and it is what the network has in the end"
+    order = 80 # behind what moves the network to its device, before what loads a checkpoint
+    def __init__(self, decay:float, # part of the average that stays in a step
+    ): self.update = get_ema_multi_avg_fn(decay)
+    def before_fit(self):
+        self.params = [p for p in _unwrap(self.model).parameters() if p.requires_grad]
+        self.average, self.shown = [p.detach().clone() for p in self.params], False
+    def after_step(self): self.update(self.average, [p.detach() for p in self.params], None)
+    @torch.no_grad()
+    def show(self, average:bool): # in the network, or the weights that are trained?
+        if average == self.shown: return
+        for p, a in zip(self.params, self.average):
+            was = p.clone()
+            p.copy_(a)
+            a.copy_(was)
+        self.shown = average
+    def before_validate(self): self.show(True)
+    def after_validate(self): self.show(False)
+    def after_fit(self): self.show(True)
+    def state_dict(self): return dict(average=[a.clone() for a in self.average])
+    def load_state_dict(self, state):
+        for a, saved in zip(self.average, state['average']): a.copy_(saved)
+
+# %% ../../nbs/training/01_callbacks.ipynb #7c1e4a12
+class _MixImages(MixUp):
+    "fastai's MixUp, which takes batches of one image too and can be fitted again after an interruption"
+    def before_fit(self):
+        if is_distributed(): raise LiftError('mixup is for one process; leave it out, or train in one process')
+    def before_train(self):
+        if self.learn.loss_func != self.lf: super().before_train()
+    def before_batch(self):
+        if len(self.y) > 1: super().before_batch()
+        else: self.yb1, self.lam = self.yb, torch.ones(1, device=self.x.device) # nothing to mix with
 
 # %% ../../nbs/training/01_callbacks.ipynb #829f2940
 class _SmoothLoss(AvgSmoothLoss):

@@ -36,13 +36,16 @@ class LongTailLoss(nn.Module):
     "Base of the losses: logits (B, C) and labels (B,) → mean loss; `reduction='none'` gives (B,)"
     y_int = True
     def __init__(self, reduction:str='mean', # a name of `_REDUCTIONS`
+        label_smoothing:float=0., # part of the target that is spread over all classes
     ):
         super().__init__()
         if reduction not in _REDUCTIONS: raise LiftError(f'Unknown reduction {reduction!r}; choose from {list(_REDUCTIONS)}')
-        self.reduction = reduction
+        if not 0 <= label_smoothing < 1: raise LiftError(f'label_smoothing must be at least 0 and below 1, not {label_smoothing!r}')
+        self.reduction, self.label_smoothing = reduction, label_smoothing
     def forward(self, z, y): return self.loss(z.float().as_subclass(Tensor), y.long().as_subclass(Tensor), self.reduction)
     def adjust(self, z): return z
-    def loss(self, z, y, reduction): return F.cross_entropy(self.adjust(z), y, reduction=reduction)
+    def loss(self, z, y, reduction):
+        return F.cross_entropy(self.adjust(z), y, reduction=reduction, label_smoothing=self.label_smoothing)
     def activation(self, z): return z.softmax(-1)
     def decodes(self, z): return z.argmax(-1)
 
@@ -50,7 +53,8 @@ class CrossEntropy(LongTailLoss):
     "Plain cross-entropy"
     def __init__(self, counts=None, # not used
         reduction:str='mean', # a name of `_REDUCTIONS`
-    ): super().__init__(reduction)
+        label_smoothing:float=0., # part of the target that is spread over all classes
+    ): super().__init__(reduction, label_smoothing)
 
 # %% ../../nbs/training/00_losses.ipynb #72461a74
 class LogitAdjustment(LongTailLoss):
@@ -58,8 +62,9 @@ class LogitAdjustment(LongTailLoss):
     def __init__(self, counts, # (C,) training images of each class
         tau:float=1., # strength of the adjustment
         reduction:str='mean', # a name of `_REDUCTIONS`
+        label_smoothing:float=0., # part of the target that is spread over all classes
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, label_smoothing)
         self.tau = tau
         self.register_buffer('log_prior', _log_prior(counts))
     def adjust(self, z): return z + self.tau*self.log_prior
@@ -68,7 +73,8 @@ class BalancedSoftmax(LogitAdjustment):
     "`ce(z + log π)`: balanced softmax, Ren et al., 2020"
     def __init__(self, counts, # (C,) training images of each class
         reduction:str='mean', # a name of `_REDUCTIONS`
-    ): super().__init__(counts, 1., reduction)
+        label_smoothing:float=0., # part of the target that is spread over all classes
+    ): super().__init__(counts, 1., reduction, label_smoothing)
 
 # %% ../../nbs/training/00_losses.ipynb #c4d4f964
 class LADE(LongTailLoss):

@@ -1,0 +1,47 @@
+"Advice: what the counts, the class names and the frozen features say, at both doors"
+import numpy as np, pytest
+from PIL import Image
+
+from lift_nb.cli import main
+from lift_nb.core.errors import LiftError
+from lift_nb.data.dataset import digits_lt, from_arrays
+from lift_nb.experiments.advice import advise
+from lift_nb.experiments.recipe import resolve
+
+def named(names, n=(30, 8, 3)):
+    x, y = np.zeros((sum(n), 8, 8, 3), np.uint8), np.repeat(np.arange(len(n)), n)
+    return from_arrays(x, y, x[:6], np.repeat(np.arange(len(n)), 2), names, 'some')
+
+def test_it_is_a_recipe():
+    a = advise('digits_lt')
+    assert a.settings['init'] in a.facts.starts and resolve(data='digits_lt', **a.settings).epochs == a.settings['epochs']
+    low, high = a.expected()
+    assert max(a.facts.starts.values()) <= low < high < 100
+
+def test_training_images_only():
+    data = digits_lt()
+    other = from_arrays(data.train_images, data.train_labels, data.test_images[::-1]//2, data.test_labels, data.class_names, data.name)
+    assert advise(data, 'tiny_clip').facts.starts == advise(other, 'tiny_clip').facts.starts
+
+def test_names_decide_without_a_backbone():
+    assert advise(named(['cat', 'dog', 'owl'])).settings['backbone'] == 'clip_vit_b16'
+    assert advise(named(['n01', 'n02', 'n03'])).settings['init'] == 'lda'
+    assert advise(named(['cat', 'dog', 'owl'], (9, 9, 9))).settings['loss'] == 'ce'
+
+def test_shell(tmp_path, capsys):
+    for c, n in dict(cat=8, dog=3).items():
+        (tmp_path/'im'/c).mkdir(parents=True)
+        for i in range(n): Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path/'im'/c/f'{i}.png')
+    assert main(['advise', str(tmp_path/'im'), '--backbone', 'tiny_clip', '--features', str(tmp_path/'f')]) == 0
+    said = capsys.readouterr().out
+    assert 'class_mean' in said and 'Try: lift_nb train' in said and [*(tmp_path/'f').iterdir()]
+
+@pytest.mark.parametrize('words, says', [(['advise'], 'takes one folder'), (['advise', 'nowhere'], 'nowhere'),
+    (['advise', 'digits_lt', '--backbone', 'tiny_clp'], 'tiny_clp'), (['advise', 'digits_lt', '--epochs', '3'], 'epochs')])
+def test_mistakes(words, says, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert says in err and len(err.splitlines()) == 1
+
+def test_mistakes_in_python():
+    with pytest.raises(LiftError, match='Unknown setting'): advise('digits_lt', colour='red')
