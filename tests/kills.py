@@ -271,7 +271,7 @@ def note(out, section:str, values):
     if not out: return
     path = Path(out)
     known = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    _write_json(path, {**known, section: values})
+    _write_json(path, {**known, section: {**known.get(section, {}), **values}})
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -250,7 +250,7 @@ NAME = 'resnet10t'
 PREFIXES = ['', 'model.', 'module.', 'backbone.', 'encoder.', 'net.', 'student.', 'teacher.', 'module.backbone.', 'model.visual.net.', 'something_else.']
 CONTAINERS = [None, 'state_dict', 'model', 'model_state_dict', 'weights', 'teacher', 'net', 'anything']
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=int(25*float(os.environ.get('FUZZ', 1))), deadline=None)
 @given(prefix=st.sampled_from(PREFIXES), container=st.sampled_from(CONTAINERS), drop=st.integers(0, 2), rename=st.integers(0, 2), extra=st.booleans(), seed=st.integers(0, 99))
 def test_renamed_and_omitted(prefix, container, drop, rename, extra, seed):
     "Known and unknown prefixes and containers are loaded exactly; a tensor less, or under another name, is refused"

@@ -145,6 +145,20 @@ def test_hostile_images(make, says, tmp_path):
 
 # Words, names and dicts
 
+def test_names_that_look_like_tex(tmp_path, monkeypatch):
+    "Formulas that are none, as names of the folder, of classes and of the prompt: the picture and the report are there"
+    monkeypatch.chdir(tmp_path); said = []
+    root = photos(tmp_path/'$\\frac{x$', 4, ('$\\frac{', 'a_$b^$'))
+    run(tmp_path/'run', data=str(root), backbone='tiny_clip', epochs=1, batch_size=8, expand=0, template='$\\sqrt$ {}', echo=said.append)
+    assert (tmp_path/'run/per_class.png').exists() and not any('Could not' in line for line in said), said
+
+@pytest.mark.parametrize('words', [['--help'], ['train', '--help'], ['data', 'x'], ['train', 'x', '--epochs', '0', '-m', 'zs', '-b', 'tiny_clip']])
+def test_an_ascii_terminal(words, tmp_path):
+    "The C locale without Python's UTF-8 mode, where a class is called K\u00e4fer"
+    photos(tmp_path/'x', 4, ('K\u00e4fer', 'b'))
+    code, out, err = shell(*words, cwd=tmp_path, LC_ALL='C', PYTHONIOENCODING='ascii', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    assert code == 0 and out and 'Traceback' not in err, err
+
 @pytest.mark.parametrize('words, says', [('train digits_lt --lr 1e308', 'at most 1e12'), ('train digits_lt --expand 100000', 'at most 2048'),
     ('output_dir --dry-run', 'has no value'), ('train digits_lt --output_dir --epochs 3', 'has no value'), ('train digits_lt --resolution 4000', 'at most 2048'),
     ('train digits_lt -b vit_tiny_patch16_224.no_such_tag', "knows no weights 'no_such_tag'")])

@@ -456,6 +456,8 @@ def test_what_lies_beside_images(tmp_path):
 
 # Random tables and folders: right, or one sentence
 
+MORE = float(os.environ.get('FUZZ', 1))
+
 cells = st.one_of(st.sampled_from(['', ' ', '0', '1', '1.0', '2.5', 'nan', 'train', 'test', 'val', 'cat', 'dog', '../x.png', 'a\\b.png', '\x1b[0m', 'x' * 400, '9' * 400]), st.text(max_size=6), st.integers(-3, 3), st.floats(), st.none(), st.booleans())
 columns = st.sampled_from(['path', 'label', 'split', 'is_train', 'class', 'species', 'y', 'x', 'fold', 'file', 'image', 'set', 'target', ' label ', 'Path', 'test', ''])
 
@@ -467,7 +469,7 @@ def right_or_refused(f):
     try: return f()
     except LiftError as e: assert '\n' not in str(e) and '\x1b' not in str(e), repr(str(e))
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=int(150*MORE), deadline=None)
 @given(st.data())
 def test_random_tables(ten, data):
     files, draw = listed(ten), data.draw
@@ -484,7 +486,7 @@ def test_random_tables(ten, data):
 
 parts = st.sampled_from(['train', 'Test', 'val', 'fold_0', 'fold_1', 'cat', 'dog', 'masks', '@eaDir', '.hidden', 'Training_Set', 'x y', '10', '9', 'images', 'test', 'caf\xe9', 'cafe\u0301'])
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=int(100*MORE), deadline=None)
 @given(st.lists(st.tuples(st.lists(parts, min_size=1, max_size=3), st.sampled_from(['a.png', 'b.png', 'a_mask.png', 'c.JPG', 'notes.txt', '.d.png'])), max_size=12), st.sampled_from([{}, dict(fold=0), dict(group_by='folder'), dict(class_names=['a', 'b'])]))
 def test_random_folders(tmp_path_factory, files, options):
     root = tmp_path_factory.mktemp('r')

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/01_files.ipynb #e7539eb5
-import hashlib, json, os
+import hashlib, json, os, re
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -54,7 +54,9 @@ def _write_json(path:Path, # file to write
     data, # what `json` understands
 ):
     "Write a JSON file that is never seen half-written"
-    with _atomic_write(path) as part: part.write_text(_as_json(data, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    text = _as_json(data, indent=1, ensure_ascii=False)
+    text = re.sub('[\ud800-\udfff]', lambda m: f'\\u{ord(m[0]):x}', text) # bytes of a file name that are no UTF-8
+    with _atomic_write(path) as part: part.write_text(text + '\n', encoding='utf-8')
 
 # %% ../../nbs/core/01_files.ipynb #5633916e
 def _file_checksum(path:Path)->str: # hexadecimal digits

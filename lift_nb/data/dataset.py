@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ..core.errors import LiftError
+from ..core.screen import _printable
 from .images import _check_shape
 
 # %% ../../nbs/data/01_dataset.ipynb #e55bb0bc
@@ -215,7 +216,8 @@ def plot_counts(data:LongTailData, # what to draw
     for g, m in shot_groups(data.counts, many, few).items():
         at = np.where(m[order])[0]
         if len(at): ax.bar(at, data.counts[order][at], color=_group_colors[g], label=g)
-    ax.set(xlabel='class, by number of training images', ylabel='training images', title=data.name)
-    if data.n_classes <= 20: ax.set_xticks(range(data.n_classes), [data.vocab[i] for i in order], rotation=45)
+    ax.set(xlabel='class, by number of training images', ylabel='training images')
+    ax.set_title(_printable(data.name), parse_math=False) # a name may hold anything
+    if data.n_classes <= 20: ax.set_xticks(range(data.n_classes), [_printable(data.vocab[i]) for i in order], rotation=45, parse_math=False)
     ax.legend()
     return ax

@@ -325,10 +325,14 @@ def _write_learner_report(folder, learn, predictions, history=None, show:bool=Tr
     return write_report(folder, predictions, learn.counts, names, **words, history=history, open_image=read, many=r.many, few=r.few,
         points=None if seen is None else feature_map(*seen))
 
+def _first_line(e:Exception)->str:
+    "Return what an error says, in one line"
+    return (getattr(e, 'strerror', None) or str(e) or type(e).__name__).splitlines()[0]
+
 def _try_report(folder, learn, predictions, history, say=print):
     "Write the report of a run; whatever fails there is told and costs nothing else"
     try: _write_learner_report(folder, learn, predictions, history)
-    except Exception as e: say(f"Could not write the report to '{folder}' ({type(e).__name__}: {e})")
+    except Exception as e: say(f"Could not write the report to '{folder}' ({_first_line(e)})")
 
 # %% ../../nbs/experiments/02_run.ipynb #b27239da
 def _title(r)->str: return f'{_data_word(r.data)}, {_data_word(r.backbone)}'
@@ -365,7 +369,7 @@ def _write_results(folder, learn, result, s, predictions, name='result', say=pri
         _draw(folder/f'{"per_class" if trained else name}.png', learn, r, s)
         _write_scalars(folder, r, s, name)
     except (OSError, ValueError, TypeError) as e: # the picture is not worth the result
-        say(f"Could not write the picture to '{folder}' ({getattr(e, 'strerror', None) or e})")
+        say(f"Could not write the picture to '{folder}' ({_first_line(e)})")
     _try_report(folder/f'{"" if trained else name + "_"}report', learn, predictions, history, say)
     _write_result(folder/f'{name}.json', dict(result, **seals))
     if trained: shutil.rmtree(folder/_CHECKPOINTS, ignore_errors=True)
