@@ -122,7 +122,8 @@ def report(self:Learner,
     expand:int|None=None, # margin of the five crops in pixels
 )->Path: # of the page
     "Write a report about the classes, images and training of this learner"
-    from lift_nb.experiments.run import _predict_test, _write_learner_report
+    from lift_nb.experiments.results import _write_learner_report
+    from lift_nb.experiments.run import _predict_test
     history, found = _history(self), _predict_test(self, dl, tte, expand)
     images = range(len(found.labels)) if dl is not None or self.data is None else self.data.test_images
     table = prediction_table(images, found, list(map(str, self.dls.vocab)))

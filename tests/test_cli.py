@@ -14,7 +14,8 @@ from lift_nb.data.benchmarks import DATASETS
 from lift_nb.cli import main, _arguments, _group, _split_settings, _translated
 from lift_nb.data.dataset import digits_lt
 from lift_nb.experiments.build import _build
-from lift_nb.experiments.run import _load_previous, run
+from lift_nb.experiments.results import _load_previous
+from lift_nb.experiments.run import run
 from lift_nb.original.checkpoints import save_original
 from lift_nb.core.locks import _LOCK, _locked
 from lift_nb.original.options import _MODULES, _ORIGINAL, _parse_value

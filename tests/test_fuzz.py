@@ -9,7 +9,7 @@ from lift_nb.models.weights import _read_weights
 from lift_nb.core.errors import LiftError
 from lift_nb.cli import main
 from lift_nb.data.dataset import digits_lt
-from lift_nb.experiments.run import _load_previous
+from lift_nb.experiments.results import _load_previous
 from lift_nb.core.files import _checksum, _read_tensors, _write_tensors
 from lift_nb.original.checkpoints import _read_original
 from lift_nb.learner import lift_plus_learner
