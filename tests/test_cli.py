@@ -11,7 +11,8 @@ from lift_nb.models.adapters import auto_dim
 from lift_nb.core.catalog import BACKBONES, METHODS
 from lift_nb.core.errors import LiftError
 from lift_nb.data.benchmarks import DATASETS
-from lift_nb.cli import main, _arguments, _group, _split_settings, _translated
+from lift_nb.commands import _split_settings, _translated
+from lift_nb.cli import main, _arguments, _group
 from lift_nb.data.dataset import digits_lt
 from lift_nb.experiments.build import _build
 from lift_nb.experiments.results import _load_previous
@@ -167,11 +168,11 @@ def test_both_doors_resolve_alike(data):
 def test_a_setting_is_one_line(monkeypatch, capsys):
     "A field that is added reaches the shell, its help, the learner's signature, the table in the docs and the run's hash"
     import dataclasses
-    import lift_nb.experiments.recipe as recipe_module, lift_nb.cli as cli
+    import lift_nb.experiments.recipe as recipe_module, lift_nb.commands as commands
     from lift_nb.learner import _settings_signature, lift_plus_learner
     wider = dataclasses.make_dataclass('Recipe', [('sharpness', float, recipe_module._setting(1., 'Training', 'how sharp it is', recipe_module._POSITIVE))], bases=(Recipe,), frozen=True, repr=False)
     monkeypatch.setattr(recipe_module, 'Recipe', wider)
-    monkeypatch.setattr(cli, 'Recipe', wider)
+    monkeypatch.setattr(commands, 'Recipe', wider)
     monkeypatch.setattr('lift_nb.learner.Recipe', wider)
     monkeypatch.setitem(_FIELDS, 'sharpness', {f.name: f for f in dataclasses.fields(wider)}['sharpness'])
     assert main('train digits_lt --sharpness 2 --dry-run'.split()) == 0
