@@ -12,7 +12,7 @@ import numpy as np, torch
 from PIL import Image
 
 import lift_nb.core.files as files
-import lift_nb.experiments.run as running
+import lift_nb.experiments.results as results
 from lift_nb.core.errors import LiftError
 from lift_nb.core.files import _read_tensors, _write_json
 from lift_nb.core.locks import _locked
@@ -171,7 +171,7 @@ def job_of(name, options, place:Path, save_steps=1):
     if options['data'] == 'folder': options['data'] = str(place.parent/'images')
     if 'features' in options: options['features'] = str(place/'features')
     def job():
-        if name != 'LIFT+': running._draw = running._try_report = lambda *args: None
+        if name != 'LIFT+': results._draw = results._try_report = lambda *args: None
         run(place/'run', resume=True, **options)
     return job
 

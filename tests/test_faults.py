@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from PIL import Image
 
-import lift_nb.experiments.run as running
+import lift_nb.experiments.progress as progress
 from lift_nb.cli import main
 from lift_nb.core.errors import LiftError
 from lift_nb.core.files import _read_tensors
@@ -91,11 +91,11 @@ def test_a_folder_that_goes_away(tmp_path):
     except LiftError as e: assert str(tmp_path) in str(e)
 
 def test_a_run_folder_that_goes_away_in_the_shell(tmp_path, monkeypatch, capsys):
-    log = running._Log.__call__
+    log = progress._Log.__call__
     def say(self, text, *shown):
         log(self, text, *shown)
         if text.startswith('epoch 1/'): shutil.rmtree(tmp_path/'run', ignore_errors=True)
-    monkeypatch.setattr(running._Log, '__call__', say)
+    monkeypatch.setattr(progress._Log, '__call__', say)
     code = main(f'train digits_lt --epochs 2 --batch_size 64 --expand 0 --output_dir {tmp_path}/run'.split())
     assert code in (0, 2) and capsys.readouterr().err.count('\n') <= 1
 
