@@ -51,6 +51,7 @@ look = r"""() => {
     'raw Markdown links': (document.querySelector('main').textContent.match(/\[[^\]\n]{1,80}\]\((https?:|[\w.\/]+\.(html|ipynb))/g) || []),
     'ordinary words linked': all('main a > code').filter(e => ordinary.test(e.textContent) && e.parentElement.hash).map(text),
     'numbers broken over lines': all('main td, main th').filter(e => shown(e) && /^[\d.]+ ± [\d.]+$/.test(e.textContent.trim()) && lines(e) > 1).map(text),
+    'tables of prose cut off': innerWidth < 1000 ? [] : all('main table:not(.dataframe)').filter(e => shown(e) && e.scrollWidth > e.clientWidth + 1).map(text),
     'low contrast': words.filter(e => contrast(e) < 3).map(e => `${contrast(e).toFixed(1)} ${text(e)}`),
   };
 }"""
