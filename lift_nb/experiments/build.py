@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from fastcore.basics import noop
 from fastcore.foundation import L
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.callback.training import GradientClip
 from fastai.data.transforms import Normalize, ToTensor
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import set_seed
 from fasttransform import Pipeline
 
@@ -49,6 +50,7 @@ from ..training.checkpoints import _random_state, _set_random_state
 from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
 from ..evaluation.metrics import group_metrics
+from ..evaluation.predictions import TopPredictions, top_predictions
 from .recipe import Recipe, _kind, resolve
 
 # %% ../../nbs/experiments/01_build.ipynb #2ed77d57
@@ -369,13 +371,25 @@ def _logits(learn:Learner,
     with _preserved_history(learn), _worker_deaths_as_errors():
         return learn.get_preds(dl=_tte_dl(learn, expand, dl) if tte else dl or _test_dl(learn), act=noop)
 
-def _logits_and_features(learn:Learner,
+# %% ../../nbs/experiments/01_build.ipynb #20c8179c
+class _KeepTop(Callback):
+    "Keep the most probable classes of each batch, in place of its logits"
+    order = Recorder.order+1
+    def __init__(self, temperature:float): # of the probabilities
+        self.temperature, self.parts = temperature, []
+    def after_batch(self): self.parts.append(top_predictions([(self.pred.detach().float()/self.temperature, self.y)]))
+
+def _top_and_features(learn:Learner,
     dl=None, tte:bool=False, expand:int|None=None, # see `_logits`
+    temperature:float=1., # of the probabilities
     n:int=2000, # images whose features are kept, drawn with a fixed seed
-)->tuple: # (N, C) raw logits, (N,) labels, and which images with their features (n, d), or None
-    "Return logits, labels, and features of some images; no features in several processes or a shuffled order"
-    found, shown = (dl, tte, expand), dl or _test_dl(learn)
-    if is_distributed() or getattr(shown, 'shuffle', False): return *_logits(learn, *found), None
+)->tuple: # `TopPredictions`, and which images with their features (n, d), or None
+    "Return predictions, and features of some images; no features in several processes or a shuffled order"
+    shown, keep = dl or _test_dl(learn), _KeepTop(temperature)
+    if is_distributed() or getattr(shown, 'shuffle', False) or getattr(shown, 'drop_last', False):
+        z, y = _logits(learn, dl, tte, expand)
+        return top_predictions([(z/temperature, y)]), None
     rows = np.sort(np.random.default_rng(0).permutation(shown.n)[:n])
-    with _keep_features(learn.model, rows, 5 if tte else 1) as kept: z, y = _logits(learn, *found)
-    return z, y, (rows, kept.features)
+    with _preserved_history(learn), _worker_deaths_as_errors(), _keep_features(learn.model, rows, 5 if tte else 1) as kept:
+        learn.validate(dl=_tte_dl(learn, expand, shown) if tte else shown, cbs=[keep])
+    return TopPredictions(*map(torch.cat, zip(*keep.parts))), (rows, kept.features)

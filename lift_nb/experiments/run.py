@@ -27,9 +27,9 @@ from ..training.resume import _fit_resumably
 from ..training.distributed import _distributed_fit
 from ..evaluation.metrics import plot_per_class, score_preds
 from ..evaluation.decisions import fit_calibration
-from ..evaluation.predictions import prediction_table, top_predictions
+from ..evaluation.predictions import prediction_table
 from .recipe import Recipe, RunSettings, _check_value, _known, _result_settings, resolve, run_name
-from .build import _build, _history, _inputs, _logits, _logits_and_features, _train_on_cached_features
+from .build import _build, _history, _inputs, _logits, _top_and_features, _train_on_cached_features
 from .progress import (_COLUMNS, _Log, _Phases, _log_callbacks,
     _log_estimate, _log_scores, _log_start, _show_finished, _with_bar)
 from .results import (_CHECKPOINTS, _archive_previous, _finish, _finished_result,
@@ -64,9 +64,8 @@ def _calibrate(learn, r, log): # `Calibration`, or None without validation image
 
 def _predict_test(learn, dl=None, tte=False, expand=None): # as in `_logits`; `TopPredictions`
     "Predict test images with the probabilities of the learner's calibration, and keep the features of some for a map"
-    z, y, learn.test_features = _logits_and_features(learn, dl, tte, expand)
-    t = _temperature(learn)
-    return top_predictions([(z if t == 1 else z/t, y)])
+    found, learn.test_features = _top_and_features(learn, dl, tte, expand, _temperature(learn))
+    return found
 
 def _test(learn, r, phases, echo, log)->tuple: # scores, `TopPredictions`
     "Calibrate on the validation images, and look at the test images in the recipe's way"
