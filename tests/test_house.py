@@ -74,6 +74,12 @@ def test_export_cells_are_short(notebook):
     assert not big, f'{notebook.name}: cells {big} export more than 50 lines'
 
 @each_notebook
+def test_imports_have_cells_of_their_own(notebook): # nbdev runs a cell with imports when it makes the page, and nothing before it
+    bodies = [ast.parse(c.source).body for c in read_nb(notebook).cells if c.cell_type == 'code' and not c.source.startswith(('!', '%'))]
+    mixed = [ast.unparse(b[0]) for b in bodies if 0 < sum(isinstance(n, (ast.Import, ast.ImportFrom)) for n in b) < len(b)]
+    assert not mixed, f'{notebook.name}: a cell imports and does something else: {mixed}'
+
+@each_notebook
 def test_outputs_name_no_machine(notebook):
     outputs = [o for c in read_nb(notebook).cells for o in c.get('outputs', [])]
     texts = [v for o in outputs for k,v in [('', o.get('text', '')), *o.get('data', {}).items()] if not k.startswith('image/')]
