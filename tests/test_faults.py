@@ -6,6 +6,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from PIL import Image
 
 import lift_nb.experiments.progress as progress
+import lift_nb.experiments.results as results
 from lift_nb.cli import main
 from lift_nb.core.errors import LiftError
 from lift_nb.core.files import _read_tensors
@@ -69,7 +70,7 @@ def full(*args, **kwargs): raise OSError(28, 'No space left on device')
 @pytest.mark.parametrize('what', ['_draw', '_write_predictions', '_write_scalars', '_write_result'])
 def test_the_model_is_written_first(what, tmp_path, monkeypatch, capsys):
     "Whatever else cannot be written at the end, the trained tensors are there"
-    monkeypatch.setattr(running, what, full)
+    monkeypatch.setattr(results, what, full)
     code = main(f'train digits_lt --epochs 1 --batch_size 64 --expand 0 --validate False --output_dir {tmp_path}/run'.split())
     said = capsys.readouterr().err
     assert code == (0 if what in ('_draw', '_write_scalars') else 2), said

@@ -23,6 +23,8 @@ devices = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.i
 OPTIONS = dict(ce={}, focal=dict(gamma=(0, 4)), ldam=dict(scale=(.5, 40), margin=(0, 1)), cb=dict(beta=(0, .9999)), grw={}, bs={},
                la=dict(tau=(0, 3)), lade=dict(alpha=(0, 1), remine=(0, 1)))
 
+SMOOTHED = 'ce', 'la', 'bs' # take label_smoothing
+
 # Restatements in float64, one image and one class at a time
 
 def ce(z, i): return math.log(sum(math.exp(v-max(z)) for v in z)) + max(z) - z[i]
@@ -71,7 +73,20 @@ def test_reference(theirs, name, options):
 
 def test_rows():
     assert set(LOSSES) == set(OPTIONS) == set(RESTATED)
-    for name, options in OPTIONS.items(): assert list(signature(LOSSES[name]).parameters) == ['counts', *options, 'reduction']
+    for name, options in OPTIONS.items():
+        assert list(signature(LOSSES[name]).parameters) == ['counts', *options, 'reduction', *(['label_smoothing'] if name in SMOOTHED else [])]
+
+@pytest.mark.parametrize('name', SMOOTHED)
+@few
+@given(c=st.integers(2, 9), b=st.integers(1, 9), seed=st.integers(0, 999), part=st.floats(0, .9))
+def test_label_smoothing(name, c, b, seed, part):
+    "The part of the target that is spread over the classes asks for each of them alike"
+    z, y, n = batch(c, b, seed, 3)
+    plain = LOSSES[name](n)
+    plain.reduction = 'none'
+    each = torch.stack([plain(z, torch.full_like(y, k)) for k in range(c)], 1)
+    want = (1-part)*each[torch.arange(b), y] + part*each.mean(1)
+    assert torch.allclose(LOSSES[name](n, label_smoothing=part)(z, y), want.mean(), rtol=1e-4, atol=1e-5)
 
 @each_loss
 @few

@@ -107,7 +107,7 @@ def test_the_test_images_are_opened_once_at_the_end(folder, options, cached, tmp
         opened.clear()
         with learn.no_bar(): found = learn.scores()
     assert sorted(opened) == sorted(test) and len(found.per_class) == 4
-    assert list(learn.history().columns)[:2] == (['train_loss', 'valid_loss'] if valid else ['train_loss'])
+    assert list(learn.history().columns)[:2] == (['train_loss', 'valid_loss'] if valid else ['train_loss', 'lr'])
 
 def test_both_doors_agree_and_the_run_tells_its_parts(folder, tmp_path):
     said = []

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .errors import LiftError
 
@@ -108,9 +108,8 @@ def _write_tensors(path:Path, # .safetensors
 ):
     "Tensors and what has to be known about them, in one sealed safetensors file"
     tensors, about = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, {k: _as_json(v) for k, v in about.items()}
-    try:
-        with _atomic_write(path) as part: save_file(tensors, part, metadata={'format': 'pt', **about, 'sha256': _checksum(tensors, about)})
-    except SafetensorError as e: raise OSError(str(e)) from None # its own class for a full disk
+    data = save(tensors, metadata={'format': 'pt', **about, 'sha256': _checksum(tensors, about)})
+    with _atomic_write(path) as part: part.write_bytes(data) # `save_file` leaves a file of its own when it is killed
 
 def _read_tensors(path:Path, # what `_write_tensors` wrote
 ): # dict of tensors, dict of what is known about them

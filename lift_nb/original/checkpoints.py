@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import nn, Tensor
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..core.errors import LiftError
+from ..core.files import _atomic_write
 from ..models.blocks import _FEATURE_SLOT, blocks, _lookup_class
 from ..models.backbones import create_backbone
 from ..models.text import TEMPLATE, text_tower
@@ -235,7 +236,6 @@ def save_original(model:LiftModel, # trained here or loaded
 ):
     "Write the trained tensors as the original program does"
     path, state = Path(path), _original_state(model)
-    beside = path.with_name(path.name + '.part')
-    if path.suffix == '.safetensors': save_file(state, beside)
-    else: torch.save({'tuner': state}, beside)
-    os.replace(beside, path)
+    with _atomic_write(path) as part:
+        if path.suffix == '.safetensors': part.write_bytes(save(state))
+        else: torch.save({'tuner': state}, part)
