@@ -262,14 +262,16 @@ def _balanced(p, z, train_prior)->np.ndarray: # `Predictor`, (N, C) logits; (N, 
     return np.log(np.maximum(c.probabilities(z, uniform, source), 1e-300))
 
 def _estimated(p, z)->np.ndarray: # `Predictor`, (N, C) logits; (C,)
-    "Return the class mix of the images, one image added to each class; raises `LiftError` where that is impossible"
-    from lift_nb.evaluation.prior import _bbse
+    "Return the class mix of the images, that of the validation images where nothing shifted; raises `LiftError` where that is impossible"
+    from lift_nb.evaluation.prior import _bbse, predicted_shift_p
     c, n, n_classes = p.calibration, len(z), len(p.classes)
     if n < 10*n_classes: raise LiftError(f"prior 'estimate' needs at least 10 images a class, {10*n_classes}, not {n}")
     if c is None or {*c.targets} != {*range(n_classes)}:
         raise LiftError("prior 'estimate' needs a model that was calibrated on validation images of every class")
-    q = _bbse(z.argmax(1).numpy(), np.array(c.predicted), np.array(c.targets), n_classes)
-    return (n*q + 1)/(n + n_classes)
+    predicted, valid_predicted, targets = z.argmax(1).numpy(), np.array(c.predicted), np.array(c.targets)
+    shifted = predicted_shift_p(predicted, valid_predicted, n_classes) < .05
+    q = _bbse(predicted, valid_predicted, targets, n_classes) if shifted else np.bincount(targets, minlength=n_classes)/len(targets)
+    return (n*q + 1)/(n + n_classes) # as if one more image of each class had been seen
 
 def _unlike(p, z, prior)->str: # `Predictor`, (N, C) logits, (C,) estimated; a sentence, or ''
     "Return how unlike images are to the validation images beyond their class mix, where that is more than chance"
