@@ -16,6 +16,7 @@ _INTERNALS = { # module:name → what it is needed for
     'torch.utils._python_dispatch:TorchDispatchMode': 'counting the bytes that a step makes',
     'torch.utils._pytree:tree_leaves': 'finding the tensors among the arguments of an operation',
     'torch:Tensor._version': 'noticing that cached text features are out of date',
+    'torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers': 'ending the processes that load images when one has died',
     'fastai.data.core:TfmdDL._one_pass': 'leaving the random numbers alone when fastai looks at an item',
 }
 

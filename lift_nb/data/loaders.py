@@ -8,7 +8,7 @@ __all__ = ['SeededDL', 'dataloaders']
 # %% ../../nbs/data/09_loaders.ipynb #dd4a965f
 import hashlib, os, random, re, traceback
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing import AuthenticationError
 from pickle import UnpicklingError
@@ -21,6 +21,7 @@ import fastai.vision.augment  # teaches fastai's transforms about images
 from fasttransform import Transform
 
 from ..core.errors import LiftError
+from ..core.internals import _internal
 from ..core.fingerprint import _digest, _Images
 from .images import open_image
 from .dataset import LongTailData, digits_lt
@@ -59,6 +60,8 @@ def _data_parts(data:LongTailData)->dict: # for `_fingerprint`
     return {**images, **labels, 'class names': data.classes}
 
 # %% ../../nbs/data/09_loaders.ipynb #8a74c552
+_SHUTDOWN = 'torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers'
+
 def _seed_from(*key): # numbers and words
     "Let the random numbers of Python, numpy and torch (on the CPU) follow from the key"
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
@@ -90,15 +93,17 @@ def _loading_error(e:Exception, # raised while a batch was loaded, perhaps in an
     return LiftError(f'A process that loads images died ({died[1] if died else type(e).__name__}), often for want of memory; fewer num_workers need less. '
         'What was saved before stays: with resume True the training goes on from there')
 
-def _silence_half_made(e:Exception):
-    "Keep an iterator of torch that could not be made from complaining when it is deleted"
+def _end_workers(e:Exception):
+    "End the loading that failed: torch would raise again whenever another process ends, and complain of an iterator that is half made"
     for frame, _ in traceback.walk_tb(e.__traceback__):
         it = frame.f_locals.get('self')
-        if type(it).__name__ == '_MultiProcessingDataLoaderIter' and not hasattr(it, '_workers_status'): it._shutdown = True
+        if type(it).__name__ != '_MultiProcessingDataLoaderIter': continue
+        if not hasattr(it, '_workers_status'): it._shutdown = True
+        with suppress(RuntimeError): _internal(_SHUTDOWN)(it) # of the signal itself, which comes while it waits
 
 def _first_loading_error(e, workers)->Exception: # as above
     "The same; torch tells of a dead process by a signal, which may interrupt even this"
-    _silence_half_made(e)
+    _end_workers(e)
     try: return _loading_error(e, workers)
     except RuntimeError as again: return _loading_error(again, workers)
 
@@ -108,6 +113,7 @@ def _worker_deaths_as_errors():
     try: yield
     except RuntimeError as e:
         if (found := _loading_error(e, False)) is e: raise
+        _end_workers(e)
         raise found from None
 
 
