@@ -74,7 +74,7 @@ def _features(data:LongTailData, r:Recipe)->tuple: # data, recipe → backbone, 
 _MEASURED = ( # training, accuracy of the best of the starts, after LIFT+, page
     ('CIFAR-100-LT, IR 100, ViT-S/14 at 112 px', 48.2, 66.9, 'reproductions/00_cifar100_lt, explanations/07_what_helps'),
     ('twenty classes of CIFAR-100, ViT-S/14 at 112 px', 60.7, 65.1, 'explanations/07_what_helps'),
-    ('digits_lt, tiny_clip', 94.6, 95.0, 'models/06_heads, reproductions/01_digits_lt'))
+    ('digits_lt, tiny_clip', 94.6, 95.0, 'models/09_heads, reproductions/01_digits_lt'))
 
 def _errors_removed(): return [(after - before)/(100 - before) for _, before, after, _ in _MEASURED]
 
