@@ -3,11 +3,11 @@
     python tests/disks.py [--n 12] [--out nbs/results/integrity.json]
 
 Three ways: operating calls that fail from the k-th on (or once), file systems of a few kilobytes (where one may mount), a limit on the size of a file."""
-import argparse, ctypes, errno, os, resource, shutil, subprocess, tempfile
+import ctypes, errno, os, resource, shutil, subprocess, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from kills import at_operation, ended, fork, images, note, results_of
+from kills import arguments, at_operation, each, ended, fork, images, note, results_of
 from lift_nb.cli import main as lift_nb
 
 def command(*words):
@@ -163,11 +163,8 @@ def other_commands(root, n)->dict:
     return counts
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--n', type=int, default=12, help='points at which a disk is full, in each way')
-    p.add_argument('--only', action='append', help='calls, limits, file systems, shared memory, other commands; default: all')
-    p.add_argument('--out', help='JSON file to note the counts in')
-    args, counts = p.parse_args(argv), {}
+    what = 'calls, limits, file systems, shared memory, other commands'
+    args = arguments(__doc__, what, n=(12, 'points at which a disk is full, in each way')).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         images(root/'images'); (root/'whole').mkdir()
@@ -176,9 +173,6 @@ def main(argv=None):
         ways = {'calls': lambda: calls(root, right, total, args.n), 'limits': lambda: limits(root, right, spread(1, largest//2, args.n)),
             'file systems': lambda: file_systems(root, right, spread(4, largest//1000, args.n)), 'shared memory': lambda: shared_memory(root),
             'other commands': lambda: other_commands(root, max(2, args.n//3))}
-        for name in args.only or ways:
-            counts[name] = ways[name]()
-            print(f'{name}: {counts[name]}', flush=True)
-    note(args.out, 'disks', counts)
+        note(args.out, 'disks', each(args.only or ways, lambda name: ways[name]()))
 
 if __name__ == '__main__': main()

@@ -3,12 +3,12 @@
     python tests/flips.py [--n 200] [--out nbs/results/integrity.json]
 
 Bits are drawn at random over each file, and all bits of its first and last 64 bytes are among them."""
-import argparse, json, random, tempfile
+import random, tempfile
 from pathlib import Path
 
 import torch
 
-from kills import DIGITS, SMALL, note
+from kills import DIGITS, SMALL, arguments, each, note
 from lift_nb.core.errors import LiftError
 from lift_nb.core.files import _read_result, _read_tensors
 from lift_nb.evaluation.predictions import _borders_beside, _counts_beside, read_predictions
@@ -74,15 +74,9 @@ def same(a, b):
     return repr(a) == repr(b)
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--n', type=int, default=200, help='random bits of each file, beside those of both ends')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', help='JSON file to note the counts in')
-    args, counts = p.parse_args(argv), {}
+    args = arguments(__doc__, n=(200, 'random bits of each file, beside those of both ends'), seed=(0, 'of the random bits')).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        for name, (path, read) in made(Path(folder)).items():
-            counts[name] = flipped(path, read, args.n, random.Random(f'{args.seed} {name}'))
-            print(f'{name}: {counts[name]}', flush=True)
-    note(args.out, 'flips', counts)
+        files = made(Path(folder))
+        note(args.out, 'flips', each(files, lambda name: flipped(*files[name], args.n, random.Random(f'{args.seed} {name}'))))
 
 if __name__ == '__main__': main()

@@ -3,10 +3,10 @@
     python tests/fuzz.py [--times 5] [--out nbs/results/integrity.json]
 
 Every input ended right or in one `LiftError`; anything else would have failed the test."""
-import argparse, os, re, subprocess, sys
+import os, re, subprocess, sys
 from pathlib import Path
 
-from kills import note
+from kills import arguments, each, note
 
 TESTS = { # what is fuzzed → tests
     'words of the command line': 'test_fuzz.py::test_options test_fuzz.py::test_bare_words test_fuzz.py::test_commands',
@@ -27,14 +27,7 @@ def tried(tests:str, times:float)->int:
     return sum(int(n) + int(bad) for n, bad in re.findall(r'(\d+) passing(?: examples?)?, (\d+) failing', done.stdout))
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--times', type=float, default=5, help='times as many inputs as in the ordinary tests')
-    p.add_argument('--only', action='append', help=f'of {list(TESTS)}')
-    p.add_argument('--out', help='JSON file to note the counts in')
-    args, counts = p.parse_args(argv), {}
-    for name in args.only or TESTS:
-        counts[name] = tried(TESTS[name], args.times)
-        print(f'{name}: {counts[name]}', flush=True)
-    note(args.out, 'fuzzed', counts)
+    args = arguments(__doc__, ', '.join(TESTS), times=(5., 'times as many inputs as in the ordinary tests')).parse_args(argv)
+    note(args.out, 'fuzzed', each(args.only or TESTS, lambda name: tried(TESTS[name], args.times)))
 
 if __name__ == '__main__': main()

@@ -272,24 +272,37 @@ def note(out, section:str, values):
     known = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     _write_json(path, {**known, section: {**known.get(section, {}), **values}})
 
+def arguments(doc:str, what:str='', **numbers): # what `--only` chooses from; name → default and help
+    "The options of a program that counts what it tried"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text) in numbers.items(): p.add_argument(f'--{name}', type=type(default), default=default, help=text)
+    if what: p.add_argument('--only', action='append', help=f'of {what}; default: all')
+    p.add_argument('--out', help='JSON file to note the results in')
+    return p
+
+def each(names, job)->dict: # name → result
+    "Carry out a job for each name, and print what it finds"
+    found = {}
+    for name in names:
+        found[name] = job(name)
+        print(f'{name}: {found[name]}', flush=True)
+    return found
+
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--n', type=int, default=4, help='kills of a variant in each way')
-    p.add_argument('--only', action='append', help=f"variants ({', '.join(VARIANTS)}), or two processes, sweep, locks; default: all")
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', help='JSON file to note the counts in')
-    args = p.parse_args(argv)
+    what = ', '.join([*VARIANTS, 'two processes', 'sweep', 'locks'])
+    args = arguments(__doc__, what, n=(4, 'kills of a variant in each way'), seed=(0, 'of the random moments')).parse_args(argv)
     special = {'two processes': two_processes, 'sweep': sweep, 'locks': lambda root, n, rng: locks(root, 1000*n)}
-    counts, start = {}, time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         images(Path(folder)/'images')
-        for i, name in enumerate(args.only or [*VARIANTS, *special]):
-            rng, root = random.Random(f'{args.seed} {name}'), Path(folder)/str(i)
+        def count(name):
+            rng, root = random.Random(f'{args.seed} {name}'), Path(folder)/name.replace(' ', '_')
             root.mkdir()
             if name in VARIANTS: (root/'images').symlink_to(Path(folder)/'images')
-            counts[name] = special[name](root, args.n, rng) if name in special else variant(name, VARIANTS[name], root, args.n, rng)
-            print(f'{name}: {counts[name]}', flush=True)
+            found = special[name](root, args.n, rng) if name in special else variant(name, VARIANTS[name], root, args.n, rng)
             shutil.rmtree(root)
+            return found
+        counts = each(args.only or [*VARIANTS, *special], count)
     kills = {k: v for k, v in counts.items() if k != 'locks'}
     ways = {w: sum(v.get(w, 0) for v in kills.values()) for w in {w: 0 for v in kills.values() for w in v}}
     print(f'{sum(ways.values())} kills, all bit-equal: {ways}; {time.monotonic() - start:.0f} s')

@@ -3,13 +3,13 @@
     python tests/scale.py [--part 1] [--out nbs/results/integrity.json]
 
 Each is carried out in a child. TMPDIR should lie on a file system in memory, as /dev/shm: files are made by the million."""
-import argparse, json, os, resource, tempfile, time
+import json, os, resource, tempfile
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np
 from PIL import Image
 
-from kills import ended, fork, note
+from kills import arguments, each, ended, fork, note
 from lift_nb.cli import main as lift_nb
 from lift_nb.data.dataset import from_arrays
 from lift_nb.data.tables import from_table
@@ -51,17 +51,13 @@ def classes(folder:Path, n:int):
 
 PARTS = {'a table of a million lines': (table, 10**6), 'lift_nb data on 200,000 files': (files, 200_000), 'test with 20,000 classes and images': (classes, 20_000)}
 
+def measured(name:str, part:float)->dict: # of `PARTS`, part of its size
+    "Make an input, and measure what it needs"
+    make, n = PARTS[name]
+    with tempfile.TemporaryDirectory() as folder: return needed(make(Path(folder), int(n*part)), Path(folder))
+
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--part', type=float, default=1, help='part of the sizes, as .01')
-    p.add_argument('--only', action='append', help=f'of {list(PARTS)}')
-    p.add_argument('--out', help='JSON file to note the results in')
-    args, found = p.parse_args(argv), {}
-    for name in args.only or PARTS:
-        make, n = PARTS[name]
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = needed(make(Path(folder), int(n*args.part)), Path(folder))
-            print(f'{name}: {found[name]}', flush=True)
-    note(args.out, 'scale', found)
+    args = arguments(__doc__, ', '.join(PARTS), part=(1., 'part of the sizes, as .01')).parse_args(argv)
+    note(args.out, 'scale', each(args.only or PARTS, lambda name: measured(name, args.part)))
 
 if __name__ == '__main__': main()
