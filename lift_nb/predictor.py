@@ -335,8 +335,10 @@ def predict(self:Predictor, images, # as in `logits`
         raise LiftError(f'top must lie between 1 and {len(self.classes)}, not {top!r:.80}')
     least = _threshold(self, prior, min_confidence, min_precision)
     z = self.logits(images, skipped=skipped if skip_corrupt else None, **kwargs)
-    p, c = _probabilities(self, z, prior, train_prior).topk(top)
-    unlike = _unlike(self, z, _estimated(self, z)) if isinstance(prior, str) and prior == 'estimate' else ''
+    estimate = isinstance(prior, str) and prior == 'estimate'
+    mix = _estimated(self, z) if estimate else prior
+    p, c = _probabilities(self, z, mix, train_prior).topk(top)
+    unlike = _unlike(self, z, mix) if estimate else ''
     names = [str(x) if isinstance(x, (str, os.PathLike)) else str(i) for i, x in enumerate(images)]
     seen = [n for i, n in enumerate(names) if i not in skipped]
     rows = [(n, self.classes[k], float(q)) for n, ps, ks in zip(seen, p, c) for q, k in zip(ps, ks)]

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/08_downloads.ipynb #b4586845
-import errno, hashlib, os, sys, time
+import errno, os, sys, time
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 
 from .errors import LiftError
+from .files import _file_checksum
 from .screen import _Bar
 
 # %% ../../nbs/core/08_downloads.ipynb #6d2adccc
@@ -27,14 +28,7 @@ class _PinnedFile:
     sha256: str # of the content, as hexadecimal digits
     def fits(self, path:Path)->bool: # False also when there is no file
         "Is it this file that lies at `path`?"
-        return path.is_file() and path.stat().st_size == self.size and _sha256(path) == self.sha256
-
-def _sha256(path:Path)->str: # hexadecimal digits
-    "SHA-256 of a file"
-    h = hashlib.sha256()
-    with path.open('rb') as f:
-        for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
-    return h.hexdigest()
+        return path.is_file() and path.stat().st_size == self.size and _file_checksum(path) == self.sha256
 
 # %% ../../nbs/core/08_downloads.ipynb #c32d7db5
 def _cache_dir()->Path:

@@ -60,8 +60,11 @@ def _write_json(path:Path, # file to write
 
 # %% ../../nbs/core/01_files.ipynb #5633916e
 def _file_checksum(path:Path)->str: # hexadecimal digits
-    "Checksum of the bytes of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+    "SHA-256 of a file"
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
+    return h.hexdigest()
 
 def _json_seal(data:dict, # what `json` reads and writes
 )->str: # hexadecimal digits

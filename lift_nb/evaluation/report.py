@@ -145,9 +145,9 @@ def _lacking(t)->list: # predictions
     return [*([] if known.all() else [lost]), *([] if _PROPER[0] in t else ['Brier score and negative log-likelihood need all '
         'probabilities of an image; a run of this version stores both, these predictions hold the highest ones only.'])]
 
-def _reliability_section(t, groups)->dict: # predictions, group of each class
+def _reliability_section(found, t, groups)->dict: # of `_reliability_table`, predictions, group of each class
     "Return the section about probabilities"
-    found, known, lacking = _reliability_table(t, groups), np.isfinite(t.probability.to_numpy(float)), _lacking(t)
+    known, lacking = np.isfinite(t.probability.to_numpy(float)), _lacking(t)
     if not len(found): return _section('Reliability', lacking)
     numbers = _table([(h[0], h[1], found[k], *h[2:]) for k, h in _RELIABILITY.items() if k in found], 'reliability.csv')
     about = 'Where the probability of a prediction is 0.8, eight in ten should be right. Below the diagonal the model is too sure of itself.'
@@ -317,10 +317,11 @@ def write_report(folder, # where report.html and the tables go
     y, p, borders = t.label.to_numpy(), t.prediction.to_numpy(), dict(many=many, few=few)
     table, pairs = (f(y, p, n, names, **borders) for f in (class_table, confusions))
     flow, found = group_flow(y, p, n, **borders), intervals(y == p, y, n, **borders)
-    groups = table.group.to_numpy()
-    sections = [*_score_sections(t, table, pairs, flow, found), _gallery_section(t, table, open_image), _reliability_section(t, groups),
-        _map_section(points, t, table), _training_section(history), _check_section(checks, names, open_image), _next_section(table)]
+    reliable = _reliability_table(t, table.group.to_numpy())
+    sections = [*_score_sections(t, table, pairs, flow, found), _gallery_section(t, table, open_image),
+        _reliability_section(reliable, t, table.group.to_numpy()), _map_section(points, t, table), _training_section(history),
+        _check_section(checks, names, open_image), _next_section(table)]
     lead = about or f'{len(n):,} classes, {n.sum():,} training images, {len(t):,} test images.'
     page = _render(title=title, lead=lead, notes=[x for x in notes if x], sections=[s for s in sections if s])
     return _write_page(Path(folder), page, dict(classes=table.reset_index(), confusions=pairs, next=next_steps(table), mistakes=_wrong_rows(t, names),
-        groups=found.rename_axis('score').reset_index(), reliability=_reliability_table(t, groups), **_more_tables(t, points, checks)))
+        groups=found.rename_axis('score').reset_index(), reliability=reliable, **_more_tables(t, points, checks)))

@@ -6,7 +6,7 @@
 __all__ = ['make_demo', 'demo_page', 'serve_demo']
 
 # %% ../../nbs/experiments/09_demo.ipynb #cb7fbc11
-import base64, io, os
+import os
 from pathlib import Path
 
 import jinja2
@@ -21,6 +21,7 @@ from ..data.dataset import long_tail_subset
 from ..data.images import _read_rgb
 from ..models.features import _keep_features
 from ..evaluation.predictions import _names_of, _result_beside
+from ..evaluation.report import _thumbnail
 from .build import _load
 from .reports import _recipe_of
 
@@ -59,15 +60,8 @@ class _Neighbours:
     def nearest(self, feature, k:int=6)->list: # (d,); dictionaries with src, name and file
         "Return the closest images"
         similarity = self.features @ (feature/max(float(np.linalg.norm(feature)), 1e-12))
-        return [dict(src=_data_uri(_read_rgb(self.images[i], self.max_value), 96), name=self.labels[i], file=self.names[i])
+        return [dict(src=_thumbnail(_read_rgb(self.images[i], self.max_value), 96), name=self.labels[i], file=self.names[i])
             for i in np.argsort(-similarity, kind='stable')[:k]]
-
-def _data_uri(image, side:int)->str: # PIL image, pixels
-    "Return a small JPEG as the text of an `src`"
-    small, out = image.convert('RGB'), io.BytesIO()
-    small.thumbnail((side, side))
-    small.save(out, 'JPEG', quality=85)
-    return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
 
 # %% ../../nbs/experiments/09_demo.ipynb #03c0c4d2
 def _class_records(folder)->dict: # of a run; class name → sentence
@@ -114,7 +108,7 @@ class _Demo:
         except LiftError as e: return dict(file=file, error=str(e))
         top = list(zip(found['class'], found.probability))
         near = self.neighbours.nearest(kept.features[0]) if self.neighbours else []
-        return dict(file=file, src=_data_uri(im, 320), top=top, set=self.set_words(found), near=near, record=self.records.get(top[0][0]))
+        return dict(file=file, src=_thumbnail(im, 320), top=top, set=self.set_words(found), near=near, record=self.records.get(top[0][0]))
     def set_words(self, found)->str: # of `predict`
         "Return the prediction set in words"
         if 'set' not in found: return 'Not calibrated: the probabilities may be too high or too low (lift_nb calibrate RUN LABELLED mends that).'
