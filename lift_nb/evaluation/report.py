@@ -211,6 +211,14 @@ def _next_section(table)->dict:
     columns = [('class', 'name', steps.name), ('collect or look at', 'text', steps.what), ('because', 'prose', steps.reason)]
     return _section('What next', about, _table(columns, 'next.csv'))
 
+def _settings_section(settings)->dict|None: # setting, in_this_run, advised, because; None: not asked
+    "Return what to train next"
+    if settings is None: return None
+    if not len(settings): return _section('Settings to try', ['lift_nb advise would choose the same settings for these training images.'])
+    about = 'What lift_nb advise would choose otherwise for these training images; the scores above play no part in it.'
+    columns = [(k.replace('_', ' '), 'prose' if k == 'because' else 'text', settings[k]) for k in settings]
+    return _section('Settings to try', [about], _table(columns, 'settings.csv'))
+
 def _training_section(history)->dict|None: # table of epochs, or None
     "Return the curves of the training"
     if history is None or not len(history): return None
@@ -294,9 +302,10 @@ def _score_sections(t, table, pairs, flow, found)->list: # predictions, `class_t
         _section('Class size', [], _plot(plot_sizes(table), caption='Point at a class for its name.')),
         _confusion_section(table, pairs, flow)]
 
-def _more_tables(t, points, checks)->dict: # predictions, of `feature_map`, as in `write_report`; name → table
+def _more_tables(t, points, checks, settings)->dict: # predictions, of `feature_map`, as in `write_report`; name → table
     "Return the tables that only some reports have"
     more = {} if points is None else dict(map=points.assign(image=t.image.to_numpy()[points.row.astype(int)]))
+    if settings is not None and len(settings): more['settings'] = settings
     return more | (dict(label_issues=checks['issues'], near_duplicates=checks['duplicates']) if checks else {})
 
 def write_report(folder, # where report.html and the tables go
@@ -311,6 +320,7 @@ def write_report(folder, # where report.html and the tables go
     notes=(), # sentences that the reader should see first
     points:pd.DataFrame=None, # of `feature_map`; None: no map
     checks:dict=None, # issues and duplicates (tables), open_train (row → PIL image), about (sentences); None: not looked for
+    settings:pd.DataFrame=None, # setting, in_this_run, advised, because: what another training might change; None: no advice
 )->Path: # of the page
     "Write a report about one model; raises `LiftError` for predictions that do not fit the classes"
     t, n, names = _checked_table(predictions, counts, class_names)
@@ -320,8 +330,8 @@ def write_report(folder, # where report.html and the tables go
     reliable = _reliability_table(t, table.group.to_numpy())
     sections = [*_score_sections(t, table, pairs, flow, found), _gallery_section(t, table, open_image),
         _reliability_section(reliable, t, table.group.to_numpy()), _map_section(points, t, table), _training_section(history),
-        _check_section(checks, names, open_image), _next_section(table)]
+        _check_section(checks, names, open_image), _next_section(table), _settings_section(settings)]
     lead = about or f'{len(n):,} classes, {n.sum():,} training images, {len(t):,} test images.'
     page = _render(title=title, lead=lead, notes=[x for x in notes if x], sections=[s for s in sections if s])
     return _write_page(Path(folder), page, dict(classes=table.reset_index(), confusions=pairs, next=next_steps(table), mistakes=_wrong_rows(t, names),
-        groups=found.rename_axis('score').reset_index(), reliability=reliable, **_more_tables(t, points, checks)))
+        groups=found.rename_axis('score').reset_index(), reliability=reliable, **_more_tables(t, points, checks, settings)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.model_selection import StratifiedKFold
 from torch.nn.functional import normalize
@@ -90,13 +91,16 @@ class _Facts:
     recipe: Recipe # of what was asked for
     starts: dict # start → accuracy in percent; empty: no features were computed
     n_blocks: int|None = None # of the backbone; 0: AdaptFormer cannot be attached to it
+    chosen: bool = False # is the backbone settled, since it was asked for or trained?
+    init: str|None = None # where the head of a finished run started
     @property
     def images(self): return int(self.data.counts.sum())
     @property
     def odd_names(self): return sum(map(_meaningless_names, self.data.class_names))
 
 def _advise_backbone(a):
-    if a.starts: return a.recipe.backbone, f'asked for; its frozen features reach {max(a.starts.values()):.1f} % (mean over classes)'
+    reach = f'; its frozen features reach {max(a.starts.values()):.1f} % (mean over classes)' if a.starts else ''
+    if a.chosen: return a.recipe.backbone, f'asked for{reach}'
     if a.odd_names*2 < len(a.data.class_names): return a.recipe.backbone, 'the class names are words, and the head can start from text'
     return 'in21k_vit_b16', f'{a.odd_names} of {len(a.data.class_names)} class names say nothing to a text tower'
 
@@ -134,6 +138,10 @@ def _advise_tte(a):
 
 _RULES = dict(backbone=_advise_backbone, method=_advise_method, modules=_advise_modules, init=_advise_init, loss=_advise_loss,
     epochs=_advise_epochs, batch_size=_advise_batch, tte=_advise_tte)
+
+def _rules_of(facts:_Facts)->dict: # setting → (value, reason)
+    "Return what each rule says, where it says something"
+    return {k: found for k, rule in _RULES.items() if (found := rule(facts))}
 
 # %% ../../nbs/experiments/02_advice.ipynb #2e79973a
 @dataclass(frozen=True)
@@ -180,13 +188,21 @@ def advise(data, # a name of `DATASETS`, a folder, a table, or a `LongTailData`
     Raises `LiftError` for data, settings and weights that cannot be."""
     r = resolve(data=data, backbone=backbone, **settings)
     loaded, tried = _load(r), backbone is not None or r.backbone == 'tiny_clip'
-    facts = _Facts(loaded, r, {})
+    facts = _Facts(loaded, r, {}, chosen=tried)
     if tried:
         b, f, y, text = _features(loaded, r)
         facts = replace(facts, starts=_try_starts(f, y, text), n_blocks=_n_blocks(b, loaded.n_classes))
-    found = {k: rule(facts) for k, rule in _RULES.items()}
-    return _Advice(facts, *({k: v[i] for k, v in found.items() if v} for i in (0, 1)))
+    return _Advice(facts, *({k: v[i] for k, v in _rules_of(facts).items()} for i in (0, 1)))
 
 def _print_advice(data, **settings): # as in `advise`
     "Print which settings to try first and why"
     _say(advise(data, **settings))
+
+# %% ../../nbs/experiments/02_advice.ipynb #a7e01c12
+def _other_settings(facts:_Facts)->pd.DataFrame: # of a run
+    "Return the settings that the advice would choose otherwise: setting, in_this_run, advised, because"
+    trains = facts.recipe.head != 'zero_shot'
+    used = dict(vars(facts.recipe), init=facts.init, modules=None) # modules come with the method
+    told = [(k, used[k], *found) for k, found in _rules_of(facts).items() if trains and used[k] is not None]
+    rows = [tuple(map(str, row)) for row in told if row[1] != row[2]]
+    return pd.DataFrame(rows, columns=['setting', 'in_this_run', 'advised', 'because'])

@@ -19,15 +19,18 @@ from fasttransform import Pipeline
 from ..core.errors import LiftError
 from ..core.catalog import DATASETS, METHODS
 from ..data.crops import CenterCrop
+from ..data.dataset import long_tail_subset
 from ..models.backbones import create_backbone
 from ..models.features import FeatureCache
 from ..data.images import _read_rgb
+from ..models.heads import _semantic_rows
 from ..evaluation.predictions import _borders_beside, _check_seal, _names_of, _result_beside, read_predictions
 from ..evaluation.report import write_report
 from ..evaluation.comparison import write_comparison
 from ..evaluation.feature_checks import label_issues, near_duplicates, same_pictures
 from .recipe import Recipe, _value_word
-from .build import _AsTest, _lift_dataloaders, _load
+from .advice import _Facts, _other_settings, _try_starts
+from .build import _AsTest, _lift_dataloaders, _load, _names
 from .results import _report_words
 
 # %% ../../nbs/experiments/09_reports.ipynb #0a0450d9
@@ -80,14 +83,14 @@ def _without_sources(recipe:dict)->str: # as it stands in result.json
 def _frozen_features(r:Recipe, # of the run
     data, # `LongTailData`
     folder, # of the cache
-)->tuple: # (N, d) of the training images, (M, d) of the test images
+)->tuple: # (N, d) of the training images, (M, d) of the test images, the network
     "Return the features of the frozen network"
     b = create_backbone(r.backbone, checkpoint=r.checkpoint, resolution=r.resolution)
     b = replace(b, **{k: tuple(v) for k, v in (('mean', r.mean), ('std', r.std)) if v is not None})
     dls, cache, n = _lift_dataloaders(data, b, r, 1, 'cpu'), FeatureCache(folder, data), len(data.train_labels)
     plain = dls.valid.new(_AsTest(dls.train_ds, range(n)), after_item=Pipeline([CenterCrop(b.resolution, 0), ToTensor()]))
     parts = (plain, data.train_images, data.train_labels), (dls.loaders[-1], data.test_images, data.test_labels)
-    with torch.no_grad(): return tuple(cache.get(b.model, *part)[0].numpy() for part in parts)
+    with torch.no_grad(): return *(cache.get(b.model, *part)[0].numpy() for part in parts), b
 
 def _issue_words(found, n:int)->str: # of `label_issues`, training images
     "Return what the label errors are worth"
@@ -111,18 +114,33 @@ def _named_pairs(train, test, data, opener)->tuple: # features, `LongTailData`, 
     return found, (f'{len(found)} test images look almost like a training image (their grey pictures correlate at 0.97 or more). If both show '
         'the same thing, the model has seen the answer, and the accuracy is too good.')
 
+# %% ../../nbs/experiments/09_reports.ipynb #a7e01c22
+def _settings_beside(result:dict, # of result.json
+    data, # `LongTailData`
+    features=None, # (N, d) of the training images; None: the advice rests on counts and names
+    b=None, # the frozen network that computed them
+)->pd.DataFrame:
+    "Return the settings that the advice would choose otherwise"
+    r = _recipe_of(result)
+    if features is None: return _other_settings(_Facts(data, r, {}, chosen=True))
+    few = long_tail_subset(data.train_labels, np.minimum(data.counts, 100))
+    text = None if b.text is None else _semantic_rows(b, _names(r, data, None), template=r.template).cpu()
+    starts = _try_starts(torch.from_numpy(features[few]), torch.from_numpy(data.train_labels[few]), text)
+    return _other_settings(_Facts(data, r, starts, chosen=True, init=r.init or b.init))
+
 def _data_checks(result:dict, # of result.json
     data, # `LongTailData`, or None
     note:str, # why there is none
     folder, # where features are kept
-)->dict: # issues and duplicates (tables), open_train (row → PIL image), about (sentences)
-    "Return likely label errors and near duplicates of a run's data; raises `LiftError` without its images"
+)->dict: # issues and duplicates (tables), open_train (row → PIL image), about (sentences), advised settings
+    "Return likely label errors, near duplicates and advice for a run's data; raises `LiftError` without its images"
     if data is None: raise LiftError(f'The data cannot be checked. {note}')
     def opener(images): return _opener(images, data.max_value)
-    train, test = _frozen_features(_recipe_of(result), data, folder)
+    train, test, b = _frozen_features(_recipe_of(result), data, folder)
     issues, first = _named_issues(train, data, list(map(str, result['classes'])))
     pairs, second = _named_pairs(train, test, data, opener)
-    return dict(issues=issues, duplicates=pairs, open_train=opener(data.train_images), about=[first, second])
+    return dict(issues=issues, duplicates=pairs, open_train=opener(data.train_images), about=[first, second],
+        settings=_settings_beside(result, data, train, b))
 
 # %% ../../nbs/experiments/09_reports.ipynb #2f9ec15a
 def _stored_words(result:dict, predictions)->dict: # of result.json
@@ -143,8 +161,9 @@ def report_run(folder, # of the run
     if not (result.get('recipe') or {}).get('data'): words['title'] = Path(folder).name
     checks = _data_checks(result, data, note, Path(folder)/'features') if check_data else None
     read = data and _opener(data.test_images, data.max_value)
+    settings = checks['settings'] if checks else data and _settings_beside(result, data)
     return write_report(out or Path(folder)/'report', predictions, result['class_counts'], result.get('classes'), **words,
-        history=_history_beside(folder), open_image=read, notes=[note], points=_map_beside(folder, predictions), checks=checks,
+        history=_history_beside(folder), open_image=read, notes=[note], points=_map_beside(folder, predictions), checks=checks, settings=settings,
         **_borders_beside(folder))
 
 def _short_names(folders)->list: # paths

@@ -31,6 +31,7 @@ from ..evaluation.feature_checks import feature_map
 from ..original.checkpoints import _load_original_tensors, _read_original, _set_masked_entries_from
 from ..models.saved import _check_frozen_weights, _package_versions, _set_masked_entries, _split_state, save_lift
 from .recipe import Recipe, _data_word, _result_settings
+from .advice import _Facts, _other_settings
 from .progress import _Curves, _method_words, _title
 
 # %% ../../nbs/experiments/04_results.ipynb #cd875e2b
@@ -148,7 +149,7 @@ def _write_learner_report(folder, learn, predictions, history=None, show:bool=Tr
         _temperature(learn))
     seen = getattr(learn, 'test_features', None)
     return write_report(folder, predictions, learn.counts, names, **words, history=history, open_image=read, many=r.many, few=r.few,
-        points=None if seen is None else feature_map(*seen))
+        points=None if seen is None else feature_map(*seen), settings=None if data is None else _other_settings(_Facts(data, r, {}, chosen=True)))
 
 def _first_line(e:Exception)->str:
     "Return what an error says, in one line"
