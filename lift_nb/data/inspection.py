@@ -106,8 +106,9 @@ def _duplicates_between(first:str, # part of the data set
     return find
 
 def _conflicting_labels(r:DataReport)->list:
-    "Images that occur under more than one label"
-    return [' = '.join(f'{i} ({c})' for i, c in zip(g.image, g['class'])) for g in _duplicates(r) if g['class'].nunique() > 1]
+    "Images that occur under more than one label; one of each label comes first"
+    torn = (g.iloc[g['class'].duplicated().argsort(kind='stable')] for g in _duplicates(r) if g['class'].nunique() > 1)
+    return [' = '.join(f'{i} ({c})' for i, c in zip(g.image, g['class'])) for g in torn]
 
 def _repeated_names(r:DataReport)->list:
     "Images that occur more than once in the same part and class"
@@ -158,6 +159,13 @@ _PROBLEMS = {
 # %% ../../nbs/data/07_inspection.ipynb #37da9637
 def _range(s): return ' … '.join(map(str, s))
 
+def _shortly(found:str, # 'a = b = c …', equal images
+    n:int=3, # that are named
+)->str:
+    "Return the first few, and how many more there are"
+    same = found.split(' = ')
+    return found if len(same) <= n else f"{' = '.join(same[:n])} = {len(same) - n} more"
+
 def _report_lines(r:DataReport, # to be printed
     n:int=20, # classes that are shown
 )->list:
@@ -165,7 +173,7 @@ def _report_lines(r:DataReport, # to be printed
     head, *notes = r.data.summary(r.many, r.few).splitlines()
     half = int((r.classes.training.cumsum() < r.data.counts.sum()/2).sum()) + 1
     shown = r.classes if r.data.n_classes <= n else pd.concat([r.classes[:n//2], r.classes[-n//2:]])
-    found = [f'- {s}' for what, which in r.problems.items() for s in _notes_about(what, which)]
+    found = [f'- {s}' for what, which in r.problems.items() for s in _notes_about(what, list(map(_shortly, which)))]
     pixels = f'width {_range(r.sizes.width)}, height {_range(r.sizes.height)} pixels (smallest, median, largest)'
     return [head, f'imbalance {r.imbalance:.1f}; half of the training images belong to {half} of {r.data.n_classes} classes',
         pixels, 'modes: ' + ', '.join(f'{m} {k:,}' for m, k in r.modes.items()), '', r.groups.to_string(), '', shown.to_string(),
