@@ -39,6 +39,23 @@ def test_imports_go_downwards(module):
     upward = sorted(m for m in {*imported(module)} if rank(m) >= rank(dotted(module)))
     assert not upward, f'{dotted(module)} imports {upward}, which do not come before it'
 
+def defined(body):
+    "Names that statements define, not those they import"
+    for n in body:
+        if isinstance(n, (*functions, ast.ClassDef)): yield n.name
+        elif isinstance(n, (ast.Assign, ast.AnnAssign)):
+            yield from (t.id for a in getattr(n, 'targets', None) or [n.target] for t in ast.walk(a) if isinstance(t, ast.Name))
+        else: yield from (x for k in ('body', 'orelse', 'handlers', 'finalbody') for x in defined(getattr(n, k, [])))
+
+@each_module
+def test_names_come_from_where_they_are_defined(module):
+    base, strange = module.relative_to(root).parts[:-1], []
+    for n in ast.walk(tree(module)):
+        if not isinstance(n, ast.ImportFrom) or not n.level: continue
+        home = root.joinpath(*base[:len(base)-n.level+1], *(n.module or '').split('.')).with_suffix('.py')
+        if home.is_file(): strange += [f'{a.name} from {n.module}' for a in n.names if a.name not in {*defined(tree(home).body)}]
+    assert not strange, f'{dotted(module)} imports {strange}, which are defined elsewhere'
+
 @each_module
 def test_sizes(module):
     big = [f'{n.name}: {lines(n)} lines' for n in ast.walk(tree(module))

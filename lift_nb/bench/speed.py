@@ -27,7 +27,7 @@ from ..data.loaders import SeededDL
 from ..data.dataset import from_arrays
 from ..data.crops import CenterCrop, FiveCrops
 from ..models.backbones import create_backbone
-from ..models.heads import HEADS
+from ..core.catalog import HEADS
 from ..models.features import _CachedFeatures
 from ..training.losses import LogitAdjustment
 from ..training.callbacks import EpochCosine

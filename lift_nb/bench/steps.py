@@ -20,7 +20,8 @@ from ..core.errors import _lookup
 from ..models.blocks import choose_attention
 from ..models.backbones import create_backbone
 from ..models.text import TextTower
-from ..models.surgery import ADAPTERS, adapt, first_token_only
+from ..core.catalog import ADAPTERS
+from ..models.surgery import adapt, first_token_only
 from ..models.text_heads import _text_head_for
 from ..training.losses import LogitAdjustment
 from ..models.model import assemble

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.meta import delegates
 
 from ..core.errors import LiftError
-from .images import _printable
+from ..core.screen import _printable
 from .dataset import LongTailData, long_tail_counts, long_tail_subset
 from .lists import _clean_name, _examples, _image_files, _is_hidden, _is_image, _notes_about, _subfolders
 from .splits import _assemble_data, _shorter

@@ -23,7 +23,8 @@ from .lists import _notes_about
 from .splits import _shorter
 from .folders import from_folder
 from .tables import _from_path, from_table
-from .benchmarks import DATASETS, load_data
+from ..core.catalog import DATASETS
+from .benchmarks import load_data
 
 # %% ../../nbs/data/07_inspection.ipynb #bf49a8c8
 def _image_names(images, # paths, arrays or PIL images

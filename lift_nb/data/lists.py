@@ -15,7 +15,7 @@ from unicodedata import normalize
 import numpy as np
 
 from ..core.errors import LiftError
-from .images import _printable
+from ..core.screen import _printable
 
 # %% ../../nbs/data/02_lists.ipynb #627a1a51
 def _open_text(path, # a text file, or the same packed as .xz

@@ -17,7 +17,8 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ..core.errors import LiftError, _nearest
-from .images import _all_image_facts, _printable
+from ..core.screen import _printable
+from .images import _all_image_facts
 from .dataset import LongTailData
 from .lists import _clean_name, _examples, _in_order, _notes_about, _read_classes
 

@@ -16,7 +16,7 @@ import pandas as pd
 from fastcore.meta import delegates
 
 from ..core.errors import LiftError
-from .images import _printable
+from ..core.screen import _printable
 from .dataset import LongTailData
 from .lists import _clean_name, _delimiter, _examples, _in_order, _is_image, _locate, _notes_about, _read_text, _refuse_lost
 from .splits import _assemble_data

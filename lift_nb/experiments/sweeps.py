@@ -16,9 +16,7 @@ import pandas as pd
 from ..core.errors import LiftError, _lookup
 from ..core.screen import _Screen, _say
 from ..core.files import _as_json, _atomic_write
-from ..core.catalog import BACKBONES
-from ..training.losses import LOSSES
-from ..models.heads import HEADS, INITS
+from ..core.catalog import BACKBONES, HEADS, INITS, LOSSES
 from ..data.crops import MDA_SCHEDULES
 from .workers import _workers
 from .recipe import _result_settings, resolve, run_name

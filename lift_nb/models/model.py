@@ -16,13 +16,14 @@ from torch import nn
 from fastcore.meta import delegates
 
 from ..core.errors import LiftError, _lookup
+from ..core.catalog import _is_text_head
 from .precision import PRECISIONS, _check_frozen, autocast
 from .adapters import MaskedLinear
 from .blocks import Backbone, choose_attention
 from .text import TEMPLATE
 from .surgery import adapt, first_token_only, n_trainable
 from .heads import create_head
-from .text_heads import TextHead, _is_text_head, create_text_head, zero_shot_head
+from .text_heads import TextHead, create_text_head, zero_shot_head
 
 # %% ../../nbs/models/12_model.ipynb #7d14c0e1
 class LiftModel(nn.Sequential):
