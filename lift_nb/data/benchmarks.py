@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR100
 
 from ..core.errors import LiftError, _lookup
 from ..core.catalog import DATASETS
-from .dataset import LongTailData, digits_lt, from_arrays, long_tail_counts, long_tail_subset, shot_groups
+from .dataset import LongTailData, from_arrays, long_tail_counts, long_tail_subset, shot_groups
 from ..core.downloads import _PinnedFile, _cache_dir, _fetch
 from .folders import from_folder
 from .tables import _from_path, from_table

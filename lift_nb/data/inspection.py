@@ -21,8 +21,7 @@ from .images import _all_image_facts
 from .dataset import LongTailData, plot_counts, shot_groups
 from .lists import _notes_about
 from .splits import _shorter
-from .folders import from_folder
-from .tables import _from_path, from_table
+from .tables import _from_path
 from ..core.catalog import DATASETS
 from .benchmarks import load_data
 

@@ -24,7 +24,7 @@ from ..core.errors import LiftError
 from ..core.internals import _internal
 from ..core.fingerprint import _digest, _Images
 from .images import open_image
-from .dataset import LongTailData, digits_lt
+from .dataset import LongTailData
 
 # %% ../../nbs/data/09_loaders.ipynb #c8af8ba3
 class _Pick(Transform):

@@ -6,7 +6,7 @@
 __all__ = ['advise']
 
 # %% ../../nbs/experiments/02_advice.ipynb #9fe4a55b
-import math, os, shlex
+import math, shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from torch.nn.functional import normalize
 
 from ..core.errors import LiftError
 from ..core.screen import _say
-from ..core.catalog import BACKBONES
 from ..data.dataset import LongTailData, shot_groups
 from ..data.inspection import _meaningless_names
 from ..models.blocks import blocks

@@ -51,7 +51,7 @@ from ..training.distributed import _GatherLogits, _ShareBatches, _check_shares
 from ..training.memory import _choose_accum_step, _reset_peak_memory
 from ..evaluation.metrics import group_metrics
 from ..evaluation.predictions import TopPredictions, top_predictions
-from .recipe import Recipe, _kind, resolve
+from .recipe import Recipe, _kind
 
 # %% ../../nbs/experiments/01_build.ipynb #2ed77d57
 def _choose_device(name, # 'cpu', 'cuda', 'cuda:1', a torch device, or None

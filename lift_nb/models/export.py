@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/models/15_export.ipynb #8fec4728
-import importlib.util, json, logging, shutil, warnings
+import importlib.util, logging, shutil, warnings
 from copy import copy, deepcopy
 from io import BytesIO
 from pathlib import Path

@@ -15,7 +15,7 @@ from fastcore.meta import delegates
 
 from ..core.errors import LiftError, _lookup
 from ..core.internals import _internal
-from ..core.catalog import TEXT_HEADS, _is_text_head
+from ..core.catalog import TEXT_HEADS
 from .precision import autocast
 from .blocks import Backbone
 from .text import TEMPLATE, TextTower, prompts, text_features, text_tower, tokenize, _tokenizer

@@ -25,7 +25,7 @@ from fastai.optimizer import Optimizer
 from ..core.errors import LiftError, _lookup
 from ..core.processes import _unwrap, is_distributed
 from ..data.crops import min_scale
-from ..models.adapters import Parallel, _SyncedBuffers
+from ..models.adapters import _SyncedBuffers
 from .losses import LongTailLoss
 
 # %% ../../nbs/training/01_callbacks.ipynb #60339c09

@@ -150,7 +150,3 @@ class LDAM(LongTailLoss):
         self.register_buffer('margins', (margin*m/m.max()).float())
     def loss(self, z, y, reduction):
         return super().loss(z - self.scale*self.margins*F.one_hot(y, z.shape[1]), y, reduction)
-
-# %% ../../nbs/training/00_losses.ipynb #7e15b322
-#| export
-
