@@ -120,11 +120,15 @@ def report(self:Learner,
     dl=None, # None: the test set's
     tte:bool=False, # five crops of each image?
     expand:int|None=None, # margin of the five crops in pixels
+    check_data:bool=False, # look for likely label errors and near duplicates, with features of all images?
 )->Path: # of the page
     "Write a report about the classes, images and training of this learner"
+    from lift_nb.experiments.reports import _data_checks
     from lift_nb.experiments.results import _write_learner_report
     from lift_nb.experiments.run import _predict_test
+    if check_data and self.data is None: raise LiftError('check_data looks at a data set, and this learner was made from DataLoaders')
+    checks = _data_checks(self.recipe, self.data, self.dls.vocab, Path(folder)/'features') if check_data else None
     history, found = _history(self), _predict_test(self, dl, tte, expand)
     images = range(len(found.labels)) if dl is not None or self.data is None else self.data.test_images
     table = prediction_table(images, found, list(map(str, self.dls.vocab)))
-    return _write_learner_report(Path(folder), self, table, history, dl is None)
+    return _write_learner_report(Path(folder), self, table, history, dl is None, checks)

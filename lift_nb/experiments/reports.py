@@ -115,32 +115,30 @@ def _named_pairs(train, test, data, opener)->tuple: # features, `LongTailData`, 
         'the same thing, the model has seen the answer, and the accuracy is too good.')
 
 # %% ../../nbs/experiments/09_reports.ipynb #a7e01c22
-def _settings_beside(result:dict, # of result.json
+def _settings_beside(r:Recipe, # of the run
     data, # `LongTailData`
     features=None, # (N, d) of the training images; None: the advice rests on counts and names
     b=None, # the frozen network that computed them
 )->pd.DataFrame:
     "Return the settings that the advice would choose otherwise"
-    r = _recipe_of(result)
     if features is None: return _other_settings(_Facts(data, r, {}, chosen=True))
     few = long_tail_subset(data.train_labels, np.minimum(data.counts, 100))
     text = None if b.text is None else _semantic_rows(b, _names(r, data, None), template=r.template).cpu()
     starts = _try_starts(torch.from_numpy(features[few]), torch.from_numpy(data.train_labels[few]), text)
     return _other_settings(_Facts(data, r, starts, chosen=True, init=r.init or b.init))
 
-def _data_checks(result:dict, # of result.json
-    data, # `LongTailData`, or None
-    note:str, # why there is none
+def _data_checks(r:Recipe, # of the run
+    data, # `LongTailData`
+    names, # C class names
     folder, # where features are kept
 )->dict: # issues and duplicates (tables), open_train (row → PIL image), about (sentences), advised settings
-    "Return likely label errors, near duplicates and advice for a run's data; raises `LiftError` without its images"
-    if data is None: raise LiftError(f'The data cannot be checked. {note}')
+    "Return likely label errors, near duplicates and advice for a run's data"
     def opener(images): return _opener(images, data.max_value)
-    train, test, b = _frozen_features(_recipe_of(result), data, folder)
-    issues, first = _named_issues(train, data, list(map(str, result['classes'])))
+    train, test, b = _frozen_features(r, data, folder)
+    issues, first = _named_issues(train, data, list(map(str, names)))
     pairs, second = _named_pairs(train, test, data, opener)
     return dict(issues=issues, duplicates=pairs, open_train=opener(data.train_images), about=[first, second],
-        settings=_settings_beside(result, data, train, b))
+        settings=_settings_beside(r, data, train, b))
 
 # %% ../../nbs/experiments/09_reports.ipynb #2f9ec15a
 def _stored_words(result:dict, predictions)->dict: # of result.json
@@ -159,9 +157,10 @@ def report_run(folder, # of the run
     data, note = _run_data(result, predictions)
     words = _stored_words(result, predictions)
     if not (result.get('recipe') or {}).get('data'): words['title'] = Path(folder).name
-    checks = _data_checks(result, data, note, Path(folder)/'features') if check_data else None
-    read = data and _opener(data.test_images, data.max_value)
-    settings = checks['settings'] if checks else data and _settings_beside(result, data)
+    recipe, read = _recipe_of(result), data and _opener(data.test_images, data.max_value)
+    if check_data and data is None: raise LiftError(f'The data cannot be checked. {note}')
+    checks = _data_checks(recipe, data, result['classes'], Path(folder)/'features') if check_data else None
+    settings = checks['settings'] if checks else data and _settings_beside(recipe, data)
     return write_report(out or Path(folder)/'report', predictions, result['class_counts'], result.get('classes'), **words,
         history=_history_beside(folder), open_image=read, notes=[note], points=_map_beside(folder, predictions), checks=checks, settings=settings,
         **_borders_beside(folder))

@@ -140,7 +140,8 @@ def _report_words(method, data, backbone, counts, images:dict, trained:int, epoc
     about = f'{_data_word(backbone)}; {len(counts):,} classes, {sum(counts):,} training and {held} images; {trained:,} trained parameters. {how}'
     return dict(title=f'{method} on {_data_word(data)}', about=about)
 
-def _write_learner_report(folder, learn, predictions, history=None, show:bool=True)->Path: # tables of predictions and epochs, of the test images?
+def _write_learner_report(folder, learn, predictions, history=None, show:bool=True, checks=None)->Path: # tables of predictions and epochs,
+    # of the test images?, of `_data_checks`
     "Write the report of what a learner predicts for the test images"
     r, data, names = learn.recipe, learn.data, list(map(str, learn.dls.vocab))
     read = None if data is None or not show else lambda i: _read_rgb(data.test_images[i], data.max_value)
@@ -148,8 +149,9 @@ def _write_learner_report(folder, learn, predictions, history=None, show:bool=Tr
     words = _report_words(_method_words(r), r.data, r.backbone, learn.counts, images, n_trainable(learn.model), data and data.epoch_set,
         _temperature(learn))
     seen = getattr(learn, 'test_features', None)
+    settings = checks['settings'] if checks else None if data is None else _other_settings(_Facts(data, r, {}, chosen=True))
     return write_report(folder, predictions, learn.counts, names, **words, history=history, open_image=read, many=r.many, few=r.few,
-        points=None if seen is None else feature_map(*seen), settings=None if data is None else _other_settings(_Facts(data, r, {}, chosen=True)))
+        points=None if seen is None else feature_map(*seen), settings=settings, checks=checks)
 
 def _first_line(e:Exception)->str:
     "Return what an error says, in one line"
