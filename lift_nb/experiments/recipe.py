@@ -182,7 +182,7 @@ class _Source:
 class _Network(_Source):
     "What is trained in the network"
     method: object = _setting('lift+', 'Method', 'a name, or a dict of settings', _check_method, METHODS)
-    modules: object = _setting('none', 'Adapters and head', "adapters joined by '+', a dict with options, or 'none'")
+    modules: object = _setting('none', 'Adapters and head', "adapters joined by '+', a dict with options, or 'none'; as the method says (lift+: adaptformer)")
     layers: object = _setting(None, 'Adapters and head', 'adapted blocks: none (all), a number (the last so many), or a list', needs=_ADAPTED)
     dim: int|float|None = _setting(None, 'Adapters and head', "width of the adapters, or aft's ratio; none: from the number of classes", _POSITIVE,
         needs=_ADAPTED)
@@ -209,7 +209,7 @@ class Recipe(_Network):
     loss: object = _setting('la', 'Training', 'loss', _object_or_name('loss', 'a name or a loss'), LOSSES, needs=_TRAINS)
     tau: float = _setting(1., 'Training', 'strength of the logit adjustment', _NOT_NEGATIVE, needs=(_TRAINS, _LA))
     label_smoothing: float = _setting(0., 'Training', 'part of the target that is spread over all classes', _PART, needs=(_TRAINS, _SMOOTHED))
-    sampler: str = _setting('instance', 'Training', 'classes are drawn by their size, its square root, or all alike; the loss knows',
+    sampler: str = _setting('instance', 'Training', 'draw classes by their size, its square root, or equally often; the loss uses the prior that results',
         choices=_SAMPLERS, needs=(_TRAINS, _CROPPED))
     mda: object = _setting('convex', 'Training', 'schedule of the minimalist crop; plain: no augmentation; False: classic crop and flip', _MDA,
         _CROPS, (_TRAINS, _CROPPED))
