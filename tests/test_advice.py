@@ -1,11 +1,12 @@
 "Advice: what the counts, the class names and the frozen features say, at both doors"
-import numpy as np, pytest
+from types import SimpleNamespace
+import numpy as np, pytest, timm
 from PIL import Image
 
 from lift_nb.cli import main
 from lift_nb.core.errors import LiftError
 from lift_nb.data.dataset import digits_lt, from_arrays
-from lift_nb.experiments.advice import advise
+from lift_nb.experiments.advice import _Facts, _about_blocks, _rules_of, advise
 from lift_nb.experiments.recipe import resolve
 
 def named(names, n=(30, 8, 3)):
@@ -27,6 +28,15 @@ def test_names_decide_without_a_backbone():
     assert advise(named(['cat', 'dog', 'owl'])).settings['backbone'] == 'clip_vit_b16'
     assert advise(named(['n01', 'n02', 'n03'])).settings['init'] == 'lda'
     assert advise(named(['cat', 'dog', 'owl'], (9, 9, 9))).settings['loss'] == 'ce'
+
+def test_wider_inside_a_layer_scale():
+    def settings(**blocks): return {k: v for k, (v, _) in _rules_of(_Facts(digits_lt(), resolve(data='digits_lt'), dict(lda=60.), chosen=True, **blocks)).items()}
+    wide = settings(n_blocks=12, layer_scale=True)
+    assert (wide['dim'], wide['lr'], wide['head_lr']) == (64, .003125, .05) and resolve(data='digits_lt', **wide).dim == 64
+    assert not {'dim', 'lr', 'head_lr'} & {*settings(n_blocks=12), *settings(n_blocks=0, layer_scale=False)}
+    net = timm.create_model('vit_tiny_patch16_224', init_values=.1, depth=2, num_classes=0, img_size=32)
+    assert _about_blocks(SimpleNamespace(model=net), 10) == dict(n_blocks=2, layer_scale=True)
+    assert _about_blocks(SimpleNamespace(model=timm.create_model('resnet18', num_classes=0)), 10) == dict(n_blocks=0)
 
 def test_shell(tmp_path, capsys):
     for c, n in dict(cat=8, dog=3).items():

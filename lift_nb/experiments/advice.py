@@ -25,7 +25,7 @@ from ..models.adapters import auto_dim
 from ..models.features import FeatureCache
 from ..models.heads import _discriminant_analysis, _labelled_features, _semantic_rows
 from ..models.precision import autocast
-from ..models.surgery import adapt
+from ..models.surgery import _scaled_adaptformers, adapt
 from .recipe import Recipe, resolve
 from .build import _backbone, _choose_device, _head_init_inputs, _lift_dataloaders, _load, _names, _plain_train_batches
 
@@ -90,6 +90,7 @@ class _Facts:
     recipe: Recipe # of what was asked for
     starts: dict # start → accuracy in percent; empty: no features were computed
     n_blocks: int|None = None # of the backbone; 0: AdaptFormer cannot be attached to it
+    layer_scale: bool = False # do its blocks have one?
     chosen: bool = False # is the backbone settled, since it was asked for or trained?
     init: str|None = None # where the head of a finished run started
     @property
@@ -111,7 +112,21 @@ def _advise_method(a):
 
 def _advise_modules(a):
     if not a.n_blocks or _advise_method(a)[0] != 'lift+': return None
-    return 'adaptformer', f'width {auto_dim(a.data.n_classes, a.n_blocks)} in {a.n_blocks} blocks, from {a.data.n_classes} classes (models/01_adapters)'
+    width = 64 if _wide(a) else auto_dim(a.data.n_classes, a.n_blocks)
+    return 'adaptformer', f'width {width} in {a.n_blocks} blocks (models/01_adapters)'
+
+# %% ../../nbs/experiments/02_advice.ipynb #a7e01c32
+def _wide(a): # does the recipe's width fall short of what was best on a network like this?
+    return a.layer_scale and _advise_method(a)[0] == 'lift+' and auto_dim(a.data.n_classes, a.n_blocks) < 64
+
+def _advise_dim(a):
+    if _wide(a): return 64, 'blocks with LayerScale: there 64 was 5 points ahead of the recipe\'s 4 (reproductions/00_cifar100_lt)'
+
+def _advise_lr(a):
+    if _wide(a): return .003125, 'a step grows with the width; 64 × 0.003125 is as large as 4 × 0.05, the best rate for width 4'
+
+def _advise_head_lr(a):
+    if _wide(a): return .05, 'the head has no width'
 
 def _advise_init(a):
     by_images = _advise_backbone(a)[0] == 'in21k_vit_b16' and 'lda', 'without text the best start of six (explanations/07_what_helps)'
@@ -135,7 +150,8 @@ def _advise_tte(a):
     if (a.recipe.resolution or 224) < 112: return None
     return True, 'five crops cost the test four times as much; published gains are 0.7 to 1.4 points at 224 pixels (Shi et al., 2024)'
 
-_RULES = dict(backbone=_advise_backbone, method=_advise_method, modules=_advise_modules, init=_advise_init, loss=_advise_loss,
+_RULES = dict(backbone=_advise_backbone, method=_advise_method, modules=_advise_modules, dim=_advise_dim, lr=_advise_lr, head_lr=_advise_head_lr,
+    init=_advise_init, loss=_advise_loss,
     epochs=_advise_epochs, batch_size=_advise_batch, tte=_advise_tte)
 
 def _rules_of(facts:_Facts)->dict: # setting → (value, reason)
@@ -171,12 +187,11 @@ def _advice_lines(a:_Advice)->list:
         '', *rows, '', f'To be expected: {hope}', *evidence, '', f'Try: {_typed_command(a)}']
 
 # %% ../../nbs/experiments/02_advice.ipynb #5b6a053c
-def _n_blocks(b, n_classes:int)->int: # of a backbone that takes an AdaptFormer; 0: it takes none
-    "Return how many blocks an AdaptFormer would go into"
-    try:
-        adapt(b.model, 'adaptformer', n_classes)
-        return len(blocks(b.model))
-    except LiftError: return 0
+def _about_blocks(b, n_classes:int)->dict: # frozen network; it is not needed afterwards
+    "Return how many blocks an AdaptFormer would go into, and whether inside a LayerScale"
+    try: adapt(b.model, 'adaptformer', n_classes)
+    except LiftError: return dict(n_blocks=0)
+    return dict(n_blocks=len(blocks(b.model)), layer_scale=bool(_scaled_adaptformers(b.model)))
 
 def advise(data, # a name of `DATASETS`, a folder, a table, or a `LongTailData`
     backbone=None, # whose frozen features are tried; None: the data set's own, or none
@@ -190,7 +205,7 @@ def advise(data, # a name of `DATASETS`, a folder, a table, or a `LongTailData`
     facts = _Facts(loaded, r, {}, chosen=tried)
     if tried:
         b, f, y, text = _features(loaded, r)
-        facts = replace(facts, starts=_try_starts(f, y, text), n_blocks=_n_blocks(b, loaded.n_classes))
+        facts = replace(facts, starts=_try_starts(f, y, text), **_about_blocks(b, loaded.n_classes))
     return _Advice(facts, *({k: v[i] for k, v in _rules_of(facts).items()} for i in (0, 1)))
 
 def _print_advice(data, **settings): # as in `advise`
@@ -200,8 +215,8 @@ def _print_advice(data, **settings): # as in `advise`
 # %% ../../nbs/experiments/02_advice.ipynb #a7e01c12
 def _other_settings(facts:_Facts)->pd.DataFrame: # of a run
     "Return the settings that the advice would choose otherwise: setting, in_this_run, advised, because"
-    trains = facts.recipe.head != 'zero_shot'
-    used = dict(vars(facts.recipe), init=facts.init, modules=None) # modules come with the method
-    told = [(k, used[k], *found) for k, found in _rules_of(facts).items() if trains and used[k] is not None]
+    r, n = facts.recipe, facts.n_blocks
+    used = dict(vars(r), init=facts.init, modules=None, head_lr=r.head_lr or r.lr, dim=r.dim or (auto_dim(facts.data.n_classes, n) if n else None))
+    told = [(k, used[k], *found) for k, found in _rules_of(facts).items() if r.head != 'zero_shot' and used[k] is not None]
     rows = [tuple(map(str, row)) for row in told if row[1] != row[2]]
     return pd.DataFrame(rows, columns=['setting', 'in_this_run', 'advised', 'because'])

@@ -29,7 +29,7 @@ from ..evaluation.report import write_report
 from ..evaluation.comparison import write_comparison
 from ..evaluation.feature_checks import label_issues, near_duplicates, same_pictures
 from .recipe import Recipe, _value_word
-from .advice import _Facts, _other_settings, _try_starts
+from .advice import _Facts, _about_blocks, _other_settings, _try_starts
 from .build import _AsTest, _lift_dataloaders, _load, _names
 from .results import _report_words
 
@@ -125,7 +125,7 @@ def _settings_beside(r:Recipe, # of the run
     few = long_tail_subset(data.train_labels, np.minimum(data.counts, 100))
     text = None if b.text is None else _semantic_rows(b, _names(r, data, None), template=r.template).cpu()
     starts = _try_starts(torch.from_numpy(features[few]), torch.from_numpy(data.train_labels[few]), text)
-    return _other_settings(_Facts(data, r, starts, chosen=True, init=r.init or b.init))
+    return _other_settings(_Facts(data, r, starts, chosen=True, init=r.init or b.init, **_about_blocks(b, data.n_classes)))
 
 def _data_checks(r:Recipe, # of the run
     data, # `LongTailData`

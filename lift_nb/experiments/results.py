@@ -21,7 +21,7 @@ from ..core.locks import _LOCK
 from ..core.fingerprint import _differing_parts, _fingerprint, _model_parts
 from ..data.images import _read_rgb
 from ..data.loaders import _data_parts
-from ..models.surgery import load_trainable, n_trainable
+from ..models.surgery import _scaled_adaptformers, load_trainable, n_trainable
 from ..training.checkpoints import _list_checkpoints
 from ..training.memory import _peak_memory
 from ..evaluation.metrics import plot_per_class
@@ -140,6 +140,11 @@ def _report_words(method, data, backbone, counts, images:dict, trained:int, epoc
     about = f'{_data_word(backbone)}; {len(counts):,} classes, {sum(counts):,} training and {held} images; {trained:,} trained parameters. {how}'
     return dict(title=f'{method} on {_data_word(data)}', about=about)
 
+def _trained_facts(learn)->_Facts: # of a learner with data
+    "Return what the advice may know of a training: not its scores"
+    scaled = _scaled_adaptformers(learn.model)
+    return _Facts(learn.data, learn.recipe, {}, len(scaled) or None, bool(scaled), chosen=True)
+
 def _write_learner_report(folder, learn, predictions, history=None, show:bool=True, checks=None)->Path: # tables of predictions and epochs,
     # of the test images?, of `_data_checks`
     "Write the report of what a learner predicts for the test images"
@@ -149,7 +154,7 @@ def _write_learner_report(folder, learn, predictions, history=None, show:bool=Tr
     words = _report_words(_method_words(r), r.data, r.backbone, learn.counts, images, n_trainable(learn.model), data and data.epoch_set,
         _temperature(learn))
     seen = getattr(learn, 'test_features', None)
-    settings = checks['settings'] if checks else None if data is None else _other_settings(_Facts(data, r, {}, chosen=True))
+    settings = checks['settings'] if checks else None if data is None else _other_settings(_trained_facts(learn))
     return write_report(folder, predictions, learn.counts, names, **words, history=history, open_image=read, many=r.many, few=r.few,
         points=None if seen is None else feature_map(*seen), settings=settings, checks=checks)
 
