@@ -1,5 +1,6 @@
 "Your own images: every kind of file, name and accident, from the folder through Python and the shell to the report"
 import json, os, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
 
@@ -16,6 +17,9 @@ from lift_nb.data.folders import from_folder, make_long_tailed
 from lift_nb.data.tables import _from_path, from_table
 from lift_nb.data.images import _all_image_facts, _image_facts_once, open_image
 from lift_nb.data.inspection import _print_report, inspect, _meaningless_names
+from lift_nb.experiments import build
+from lift_nb.experiments.build import _DATA_OPTIONS, _load
+from lift_nb.experiments.recipe import Recipe, resolve
 from lift_nb.learner import lift_plus_learner
 
 few = settings(max_examples=20, deadline=None)
@@ -374,6 +378,26 @@ def test_groups_stay_on_one_side(tmp_path):
     data = from_folder(tmp_path, group_by=r'(p\d+)_')
     assert not {Path(f).name.split('_')[0] for f in data.train_images} & {Path(f).name.split('_')[0] for f in data.test_images}
     fails(lambda: from_folder(tmp_path, group_by='('), 'regular expression'); fails(lambda: from_folder(tmp_path, group_by='zebra'), 'finds nothing in 40 of 40')
+
+def test_every_fold_reaches_the_data_at_both_doors(tmp_path): # 0 is a fold, not "none was named"
+    for c, n in dict(cat=12, dog=9, owl=6).items():
+        (tmp_path/c).mkdir()
+        for i in range(n): noise(100*n + i).save(tmp_path/c/f'{i}.png')
+    table = pd.DataFrame([dict(path=str(f), label=f.parent.name) for f in sorted(tmp_path.rglob('*.png'))])
+    for data, make in (table, from_table), (str(tmp_path), from_folder):
+        tested = []
+        for fold in range(3):
+            loaded = _load(resolve(data=data, fold=fold, n_folds=3))
+            assert loaded.test_images == make(data, fold=fold, n_folds=3).test_images
+            tested += map(str, loaded.test_images)
+        assert sorted(tested) == sorted(map(str, tmp_path.rglob('*.png')))
+
+@pytest.mark.parametrize('name', _DATA_OPTIONS)
+def test_a_data_option_reaches_the_data(name, monkeypatch): # whatever was asked for arrives, zeros too
+    value, passed = dict(test_pct=.3, valid_pct=.1, fold=0, max_value=255, skip_corrupt=True).get(name, 'x'), {}
+    monkeypatch.setattr(build, 'load_data', lambda data, root, **options: passed.update(options))
+    _load(replace(Recipe(), data='.', **{name: value}))
+    assert passed.get(name) == value and type(passed[name]) is type(value)
 
 def test_folds_test_each_image_once(tmp_path):
     files = listed(classes_of(tmp_path, cat=7, emu=5))

@@ -74,7 +74,7 @@ _DATA_OPTIONS = ('lists', 'split', 'path_col', 'label_col', 'split_col', 'group_
 def _load(r:Recipe # resolved
 )->LongTailData:
     "Return the images of a recipe; raises `LiftError` for options that this kind of data does not have"
-    options = {k: getattr(r, k) for k in _DATA_OPTIONS if getattr(r, k) not in (None, False)}
+    options = {k: v for k in _DATA_OPTIONS if (v := getattr(r, k)) is not None and v is not False} # 0 is a fold
     if r.fold is not None: options['n_folds'] = r.n_folds
     if r.class_names is not None and _reads_names(r): options['class_names'] = r.class_names
     return load_data(r.data, r.root, **options)
