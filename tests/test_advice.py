@@ -1,4 +1,5 @@
 "Advice: what the counts, the class names and the frozen features say, at both doors"
+from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pytest, timm
 from PIL import Image
@@ -6,7 +7,7 @@ from PIL import Image
 from lift_nb.cli import main
 from lift_nb.core.errors import LiftError
 from lift_nb.data.dataset import digits_lt, from_arrays
-from lift_nb.experiments.advice import _Facts, _about_blocks, _rules_of, advise
+from lift_nb.experiments.advice import _Advice, _Facts, _about_blocks, _rules_of, advise
 from lift_nb.experiments.recipe import resolve
 
 def named(names, n=(30, 8, 3)):
@@ -23,6 +24,11 @@ def test_training_images_only():
     data = digits_lt()
     other = from_arrays(data.train_images, data.train_labels, data.test_images[::-1]//2, data.test_labels, data.class_names, data.name)
     assert advise(data, 'tiny_clip').facts.starts == advise(other, 'tiny_clip').facts.starts
+
+def test_groups_are_a_caution():
+    facts = _Facts(digits_lt(), replace(resolve(data='digits_lt'), group_by='x'), dict(lda=60.), chosen=True)
+    assert 'Groups are not held apart' in str(_Advice(facts, dict(lr=.1), dict(lr='')))
+    assert 'Groups' not in str(advise('digits_lt'))
 
 def test_names_decide_without_a_backbone():
     assert advise(named(['cat', 'dog', 'owl'])).settings['backbone'] == 'clip_vit_b16'

@@ -184,6 +184,9 @@ def _advice_lines(a:_Advice)->list:
     more = "name a backbone, and its frozen features are tried on these images first"
     hope = more if not a.expected() else '{:.0f} to {:.0f} % (mean over classes), if as many errors go as elsewhere:'.format(*a.expected())
     evidence = [f'  {n}: {before} % before, {after} % after ({page})' for n, before, after, page in _MEASURED] if a.expected() else []
+    r = a.facts.recipe
+    if a.expected() and (r.group_col or r.group_by):
+        evidence.append('  Groups are not held apart in this trial: the starts, and what is expected, may be too high (reproductions/06_emoji).')
     return [f'{data.name}: {data.n_classes} classes ({sizes}), {a.facts.images:,} training images, imbalance {data.counts.max()/data.counts.min():.0f}',
         '', *rows, '', f'To be expected: {hope}', *evidence, '', f'Try: {_typed_command(a)}']
 
