@@ -1,13 +1,15 @@
 "Advice: what the counts, the class names and the frozen features say, at both doors"
 from dataclasses import replace
 from types import SimpleNamespace
-import numpy as np, pytest, timm
+import numpy as np, pytest, timm, torch
 from PIL import Image
 
 from lift_nb.cli import main
 from lift_nb.core.errors import LiftError
 from lift_nb.data.dataset import digits_lt, from_arrays
-from lift_nb.experiments.advice import _Advice, _Facts, _about_blocks, _rules_of, advise
+from lift_nb.experiments.advice import _Advice, _Facts, _about_blocks, _rules_of, _try_starts, _typed_command, advise
+from lift_nb.models.backbones import create_backbone
+from lift_nb.learner import lift_plus_learner
 from lift_nb.experiments.recipe import resolve
 
 def named(names, n=(30, 8, 3)):
@@ -24,6 +26,25 @@ def test_training_images_only():
     data = digits_lt()
     other = from_arrays(data.train_images, data.train_labels, data.test_images[::-1]//2, data.test_labels, data.class_names, data.name)
     assert advise(data, 'tiny_clip').facts.starts == advise(other, 'tiny_clip').facts.starts
+
+def test_starts_are_compared_on_the_same_classes(): # those with two images
+    rng, text = np.random.default_rng(0), torch.eye(30)
+    y = torch.cat([torch.arange(5).repeat_interleave(20), torch.arange(5, 30)])
+    f = torch.from_numpy(rng.normal(size=(len(y), 30))).float()*.1 + text[y]
+    f[y > 4] = -text[y[y > 4]] # the text is wrong about each single image
+    assert _try_starts(f, y, text) == dict(semantic=100., class_mean=100., lda=100.)
+    assert _try_starts(f[y > 4], y[y > 4] - 5, text[5:]) == dict(semantic=0.)
+
+def test_the_command_trains_what_was_advised():
+    a = advise('digits_lt', create_backbone('tiny_clip'))
+    facts = replace(a.facts, recipe=resolve(data='digits_lt', backbone='clip_vit_b16'))
+    assert '--backbone clip_vit_b16' in _typed_command(_Advice(facts, dict(backbone='clip_vit_b16', epochs=5), {})) # digits_lt has another of its own
+
+def test_a_ready_network_stays_as_it_is():
+    b = create_backbone('tiny_clip')
+    advise('digits_lt', b)
+    learn = lift_plus_learner('digits_lt', b, method='lp', epochs=1, num_workers=0)
+    with pytest.raises(LiftError, match='carries what was trained'): learn.report('nowhere', check_data=True)
 
 def test_groups_are_a_caution():
     facts = _Facts(digits_lt(), replace(resolve(data='digits_lt'), group_by='x'), dict(lda=60.), chosen=True)

@@ -104,3 +104,23 @@ def test_fitted_again_after_an_interruption():
     (dict(ema=.9, method='zs'), 'ema has no effect here'), (dict(center=True, method='coop'), 'center has no effect here'), (dict(center='yes'), 'center must be bool')])
 def test_mistakes(options, says):
     with pytest.raises(LiftError, match=says): resolve(**options)
+
+def test_an_average_that_was_saved_while_shown():
+    learn = fitted(ema=.9)
+    cb, raw = callback(learn, '_AverageWeights'), None
+    cb.show(False)
+    raw = weights(learn)
+    cb.show(True) # as in an evaluation, where an interruption may save
+    shown, state = weights(learn), cb.state_dict()
+    cb.shown = False # as in a new process, with the weights that were saved
+    cb.load_state_dict(state)
+    assert torch.equal(weights(learn), raw) and not torch.equal(raw, shown)
+
+def test_no_history_without_a_training():
+    learn = lift_plus_learner(few, 'tiny_clip', 'zs')
+    with learn.no_bar(), learn.no_logging(): learn.scores()
+    assert not len(learn.history())
+
+def test_the_gradient_is_clipped_behind_what_gathers(): # of several processes
+    learn = learner(clip_grad=1.)
+    assert callback(learn, '_ClipGradient').order > callback(learn, '_GatherLogits').order

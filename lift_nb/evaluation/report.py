@@ -51,7 +51,7 @@ def _about_confidence(confidence, hits)->list:
 def _attention(table, pairs, flow, found, confidence, hits, n:int=3)->list: # what the sections are made of; sentences
     "Return what most deserves attention"
     out, vague = _about_groups(found, flow), _vague(table)
-    if table.share_predicted.max() == 1:
+    if table.share_predicted.max() == 1 and (table.test > 0).sum() > 1:
         out.insert(0, f'Every test image is predicted as “{table.name[table.share_predicted.idxmax()]}”: the model tells nothing apart.')
     for r in _weak(table)[:1].itertuples():
         to = f' It is most often taken for “{r.taken_for}”.' if r.taken_for else ''
@@ -127,8 +127,9 @@ def _reliability_table(t, groups)->pd.DataFrame: # predictions with `probability
     "Return how far the probabilities can be believed, overall and by group of the true class"
     t = t[np.isfinite(t.probability.to_numpy(float))]
     c, hits, group = t.probability.to_numpy(float), (t.label == t.prediction).to_numpy(), groups[t.label]
-    def row(m): return dict(images=int(m.sum()), confidence=c[m].mean(), accuracy=hits[m].mean(),
-        calibration_error=expected_calibration_error(c[m], hits[m]), **{k: t[k].to_numpy(float)[m].mean() for k in _PROPER if k in t})
+    def error(m): return expected_calibration_error(c[m], hits[m], max(1, min(15, int(m.sum())//20))) # twenty images a bin
+    def row(m): return dict(images=int(m.sum()), confidence=c[m].mean(), accuracy=hits[m].mean(), calibration_error=error(m),
+        **{k: t[k].to_numpy(float)[m].mean() for k in _PROPER if k in t})
     masks = dict(overall=np.ones(len(t), bool), **{g: group == g for g in ('many', 'medium', 'few')})
     return pd.DataFrame({g: row(m) for g, m in masks.items() if m.any()}).T.rename_axis('group').reset_index()
 

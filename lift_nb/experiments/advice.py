@@ -6,7 +6,7 @@
 __all__ = ['advise']
 
 # %% ../../nbs/experiments/02_advice.ipynb #9fe4a55b
-import math, shlex
+import copy, math, shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,10 +51,10 @@ def _held_out(fit, # (N, d) features, (N,) labels 0 … C-1 → (C, d) rows
 
 def _try_starts(f, y, text=None)->dict: # (N, d), (N,), (C, d) or None → start: accuracy in percent
     "Return what each start is worth before any training, on training images that it does not see"
-    tried = {} if text is None else dict(semantic=_mean_accuracy(_cosines(text, f).argmax(1).numpy(), y.numpy()))
     often = np.isin(y, np.where(np.bincount(y) > 1)[0])
+    if len(np.unique(y[often])) < 2: return {} if text is None else dict(semantic=_mean_accuracy(_cosines(text, f).argmax(1).numpy(), y.numpy()))
     classes, y = np.unique(y[often], return_inverse=True)
-    if len(classes) < 2: return tried
+    tried = {} if text is None else dict(semantic=_mean_accuracy(_cosines(text[classes], f[often]).argmax(1).numpy(), y)) # on the same classes
     f = f[often].numpy()
     return {**tried, 'class_mean': _held_out(_class_means, f, y), 'lda': _held_out(_discriminant_analysis, f, y)}
 
@@ -62,6 +62,7 @@ def _try_starts(f, y, text=None)->dict: # (N, d), (N,), (C, d) or None → start
 def _features(data:LongTailData, r:Recipe)->tuple: # data, recipe → backbone, (N, d), (N,), (C, d) text rows or None
     "Return the frozen network, and features of at most 100 training images of each class; cached where the recipe says so"
     device, b = _choose_device(r.device, lambda line: None), _backbone(r)
+    b = replace(b, model=copy.deepcopy(b.model)) # a network that was handed over stays as it is
     dls = _lift_dataloaders(data, b, r, 1, device)
     b.model.to(dls.device).eval()
     cache = FeatureCache(r.features, data) if r.features else None
@@ -173,7 +174,8 @@ def _typed_command(a:_Advice)->str:
     "Return what to type"
     r = a.facts.recipe
     asked = {k: v for k, (v, source) in r.explained().items() if source == 'option' and k not in ('data', *a.settings)}
-    words = [f'--{k} {shlex.quote(str(v))}' for k, v in {**a.settings, **asked}.items() if k != 'modules' and v != getattr(Recipe, k)]
+    usual = resolve(data=r.data) # what the command would take by itself
+    words = [f'--{k} {shlex.quote(str(v))}' for k, v in {**a.settings, **asked}.items() if k != 'modules' and v != getattr(usual, k)]
     return ' '.join(['lift_nb train', shlex.quote(str(r.data)) if isinstance(r.data, (str, Path)) else 'DATA', *words])
 
 def _advice_lines(a:_Advice)->list:

@@ -173,6 +173,11 @@ def _model(b:Backbone, # frozen
     if r.center: _center_rows(model.head)
     return model
 
+# %% ../../nbs/experiments/01_build.ipynb #b17d0c01
+class _ClipGradient(GradientClip):
+    "fastai's `GradientClip`, behind what makes the gradients of several processes those of the whole batch"
+    order = _GatherLogits.order+1
+
 # %% ../../nbs/experiments/01_build.ipynb #245eefe3
 def _loss(loss, # a name of `LOSSES`, a class of losses, or a ready loss (logits, labels) → mean
     counts, # (C,) training images of each class
@@ -199,7 +204,7 @@ def _callbacks(r:Recipe, # crop schedule, precision
     guard = ScaleLoss if r.precision == 'fp16' else StopOnNonFinite
     crops = [t for t in getattr(dls.train.after_item, 'fs', []) if isinstance(t, MinimalistCrop)]
     schedule = [CropSchedule(crops[0], r.mda)] if crops and r.mda else []
-    asked = [*([AccumulateGradients(accum_step)] if accum_step > 1 else []), *([GradientClip(r.clip_grad)] if r.clip_grad else []),
+    asked = [*([AccumulateGradients(accum_step)] if accum_step > 1 else []), *([_ClipGradient(r.clip_grad)] if r.clip_grad else []),
         *([_AverageWeights(r.ema)] if r.ema else []), *([_MixImages(r.mixup)] if r.mixup else [])]
     return [FrozenEval(), _PlainTensors(), AverageCrops(), _ShareBatches(), _GatherLogits(), guard(r.nonfinite), WatchLoss(), *schedule, *asked]
 
@@ -339,7 +344,7 @@ def _history(learn:Learner)->pd.DataFrame: # a row for each epoch, counted from 
     "Return losses, accuracies and the head's learning rate of the last training; empty without one"
     r = learn.recorder
     rows = [[v if isinstance(v, (int, float)) else float('nan') for v in row] for row in getattr(r, 'values', [])]
-    if not rows: return pd.DataFrame()
+    if not rows or not getattr(r, 'lrs', []): return pd.DataFrame() # an evaluation is no training
     table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='epoch'))
     table.columns = [n for n in r.metric_names[1:] if n != 'time'][:table.shape[1]]
     return table.assign(lr=[r.lrs[min(i, len(r.lrs)) - 1] for i in r.iters])

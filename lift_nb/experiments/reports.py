@@ -84,7 +84,9 @@ def _frozen_features(r:Recipe, # of the run
     data, # `LongTailData`
     folder, # of the cache
 )->tuple: # (N, d) of the training images, (M, d) of the test images, the network
-    "Return the features of the frozen network"
+    "Return the features of the frozen network; raises `LiftError` for a network that was handed over, since it carries what was trained"
+    if not isinstance(r.backbone, (str, os.PathLike)):
+        raise LiftError(f'The data are checked with the frozen network, and this {type(r.backbone).__name__} carries what was trained; name a backbone')
     b = create_backbone(r.backbone, checkpoint=r.checkpoint, resolution=r.resolution)
     b = replace(b, **{k: tuple(v) for k, v in (('mean', r.mean), ('std', r.std)) if v is not None})
     dls, cache, n = _lift_dataloaders(data, b, r, 1, 'cpu'), FeatureCache(folder, data), len(data.train_labels)

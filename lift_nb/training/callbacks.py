@@ -270,7 +270,7 @@ class WatchLoss(Callback):
         if len(self.losses) == self.steps: self.judge()
     def judge(self):
         first, last = self.losses[0], torch.stack(self.losses[-self.mean_of:])
-        if not last.mean() > 1.1*first + 2*last.std()/self.mean_of**.5: return
+        if not last.mean() > first + .1*first.abs() + 2*last.std()/self.mean_of**.5: return
         lr = max(h['lr'] for h in self.opt.hypers)
         self.say(f'After {self.steps} batches the loss is {last.mean():.3g}, at the start it was {first:.3g}: nothing is learned. '
             f'A smaller learning rate (lr {lr/4:.3g} instead of {lr:.3g}) or a clipped gradient (clip_grad 1) may help')
@@ -297,9 +297,11 @@ class _AverageWeights(Callback):
     def before_validate(self): self.show(True)
     def after_validate(self): self.show(False)
     def after_fit(self): self.show(True)
-    def state_dict(self): return dict(average=[a.clone() for a in self.average])
+    def state_dict(self): return dict(average=[a.clone() for a in self.average], shown=self.shown)
     def load_state_dict(self, state):
         for a, saved in zip(self.average, state['average']): a.copy_(saved)
+        self.shown = state.get('shown', False) # it may have been saved in the middle of an evaluation
+        self.show(False)
 
 # %% ../../nbs/training/01_callbacks.ipynb #7c1e4a12
 class _MixImages(MixUp):
