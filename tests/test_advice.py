@@ -7,7 +7,7 @@ from PIL import Image
 from lift_nb.cli import main
 from lift_nb.core.errors import LiftError
 from lift_nb.data.dataset import digits_lt, from_arrays
-from lift_nb.experiments.advice import _Advice, _Facts, _about_blocks, _rules_of, _try_starts, _typed_command, advise
+from lift_nb.experiments.advice import _Advice, _Facts, _about_blocks, _other_settings, _rules_of, _try_starts, _typed_command, advise
 from lift_nb.models.backbones import create_backbone
 from lift_nb.learner import lift_plus_learner
 from lift_nb.experiments.recipe import resolve
@@ -45,6 +45,8 @@ def test_a_ready_network_stays_as_it_is():
     advise('digits_lt', b)
     learn = lift_plus_learner('digits_lt', b, method='lp', epochs=1, num_workers=0)
     with pytest.raises(LiftError, match='carries what was trained'): learn.report('nowhere', check_data=True)
+
+def test_zero_shot_has_no_settings_to_try(): assert _other_settings(_Facts(digits_lt(), resolve(data='digits_lt', method='zs'), {}, chosen=True)) is None
 
 def test_groups_are_a_caution():
     facts = _Facts(digits_lt(), replace(resolve(data='digits_lt'), group_by='x'), dict(lda=60.), chosen=True)

@@ -219,10 +219,11 @@ def _print_advice(data, **settings): # as in `advise`
     _say(advise(data, **settings))
 
 # %% ../../nbs/experiments/02_advice.ipynb #a7e01c12
-def _other_settings(facts:_Facts)->pd.DataFrame: # of a run
+def _other_settings(facts:_Facts)->pd.DataFrame|None: # of a run; None: it trains nothing
     "Return the settings that the advice would choose otherwise: setting, in_this_run, advised, because"
     r, n = facts.recipe, facts.n_blocks
+    if r.head == 'zero_shot': return None
     used = dict(vars(r), init=facts.init, modules=None, head_lr=r.head_lr or r.lr, dim=r.dim or (auto_dim(facts.data.n_classes, n) if n else None))
-    told = [(k, used[k], *found) for k, found in _rules_of(facts).items() if r.head != 'zero_shot' and used[k] is not None]
+    told = [(k, used[k], *found) for k, found in _rules_of(facts).items() if used[k] is not None]
     rows = [tuple(map(str, row)) for row in told if row[1] != row[2]]
     return pd.DataFrame(rows, columns=['setting', 'in_this_run', 'advised', 'because'])
