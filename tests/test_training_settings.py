@@ -107,7 +107,7 @@ def test_mistakes(options, says):
 
 def test_an_average_that_was_saved_while_shown():
     learn = fitted(ema=.9)
-    cb, raw = callback(learn, '_AverageWeights'), None
+    cb = callback(learn, '_AverageWeights')
     cb.show(False)
     raw = weights(learn)
     cb.show(True) # as in an evaluation, where an interruption may save
